@@ -1,0 +1,36 @@
+// Philox4x32-10, the counter-based generator behind dropout: four 32-bit numbers from (counter, key), no state.
+//
+// Source   Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.2 and table 2.
+#pragma once
+
+#include <cstdint>
+
+#include "common/host_device.h"
+
+namespace fastpeft {
+
+struct Philox4 {
+  uint32_t words[4];
+};
+
+FASTPEFT_HOST_DEVICE inline Philox4 philox(uint64_t counter, uint64_t key) {
+  uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = 0, c3 = 0;
+  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+#ifdef __CUDA_ARCH__
+#pragma unroll
+#endif
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t product0 = uint64_t{0xD2511F53} * c0, product1 = uint64_t{0xCD9E8D57} * c2;
+    const uint32_t next0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
+    const uint32_t next2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;
+    c1 = static_cast<uint32_t>(product1);
+    c3 = static_cast<uint32_t>(product0);
+    c0 = next0;
+    c2 = next2;
+    k0 += 0x9E3779B9;
+    k1 += 0xBB67AE85;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+}  // namespace fastpeft

@@ -1,0 +1,24 @@
+// Stands in for the CUDA backend in a build without nvcc: every call says so.
+#include "common/error.h"
+#include "fastpeft/adamw.h"
+#include "fastpeft/dropout.h"
+#include "fastpeft/nf4.h"
+
+namespace fastpeft::cuda {
+namespace {
+
+[[noreturn]] void refuse(const char* function) {
+  throw CudaError(concat(function,
+                         ": got a CUDA tensor, but this fastpeft was built for the CPU alone. Put nvcc on PATH (or set "
+                         "CUDA_HOME) and install again: pip install --force-reinstall --no-deps ."));
+}
+
+}  // namespace
+
+void nf4_quantize(const NF4QuantizeArgs&, const Context&) { refuse("nf4_quantize"); }
+void nf4_quantize_scales(const NF4QuantizeScalesArgs&, const Context&) { refuse("nf4_quantize_scales"); }
+void nf4_dequantize(const NF4DequantizeArgs&, const Context&) { refuse("nf4_dequantize"); }
+void dropout(const DropoutArgs&, const Context&) { refuse("dropout"); }
+void adamw(const AdamWArgs&, const Context&) { refuse("adamw"); }
+
+}  // namespace fastpeft::cuda

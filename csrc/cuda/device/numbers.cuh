@@ -1,0 +1,75 @@
+// Element types on the device: conversion, and loads and stores of eight elements at a time.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "common/error.h"
+#include "fastpeft/types.h"
+
+namespace fastpeft::cuda {
+
+using BFloat16 = __nv_bfloat16;
+using Float16 = __half;
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(BFloat16 x) { return __bfloat162float(x); }
+__device__ inline float to_float(Float16 x) { return __half2float(x); }
+
+template <typename T>
+__device__ T from_float(float x);
+template <>
+__device__ inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ inline BFloat16 from_float<BFloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ inline Float16 from_float<Float16>(float x) {
+  return __float2half_rn(x);
+}
+
+// kCount elements that move in 16-byte accesses: two for float, one for the 16-bit types.
+template <typename T, int kCount>
+struct alignas(16) Pack {
+  T values[kCount];
+};
+
+template <typename T, int kCount>
+__device__ Pack<T, kCount> load_pack(const T* from) {
+  static_assert(sizeof(T) * kCount % 16 == 0);
+  Pack<T, kCount> pack;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(pack) / 16); ++i) {
+    reinterpret_cast<uint4*>(&pack)[i] = reinterpret_cast<const uint4*>(from)[i];
+  }
+  return pack;
+}
+
+template <typename T, int kCount>
+__device__ void store_pack(T* to, const Pack<T, kCount>& pack) {
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(pack) / 16); ++i) {
+    reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(&pack)[i];
+  }
+}
+
+// Calls body with a value of the C++ type that `dtype` names.
+template <typename Body>
+void dispatch(const char* function, DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat32: return body(float{});
+    case DType::kFloat16: return body(Float16{});
+    case DType::kBFloat16: return body(BFloat16{});
+    case DType::kFloat64: break;
+  }
+  throw ArgumentError(concat(function, ": float64 is not supported on CUDA; use float32, float16 or bfloat16"));
+}
+
+inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+}  // namespace fastpeft::cuda
