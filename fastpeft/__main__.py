@@ -1,0 +1,5 @@
+"""``python -m fastpeft`` is the command ``fastpeft``."""
+
+from fastpeft.cli import main
+
+main()

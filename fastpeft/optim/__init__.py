@@ -1,0 +1,5 @@
+"""Optimizers."""
+
+from fastpeft.optim.adamw import AdamW
+
+__all__ = ["AdamW"]

@@ -1,0 +1,161 @@
+"""LoRA linear over a dense or an NF4 base, with dropout; and the dropout op itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tolerances import assert_exact, assert_ratio
+from torch import Tensor
+
+from fastpeft import ops
+from fastpeft.ops.dropout import new_seed
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def drop(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    return torch.ops.fastpeft.dropout(x, p, seed)
+
+
+def dtype_id(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("rank", [1, 16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_forward_and_backward(dtype: torch.dtype, rank: int, dropout: float, base: str, device: str) -> None:
+    m, n, k, scale = 37, 96, 160, 2.0
+    dense = (torch.randn(n, k) / k**0.5).to(device, dtype)
+    w = ops.nf4_quantize(dense) if base == "nf4" else dense
+    if isinstance(w, ops.NF4Weight):
+        dense = ops.nf4_dequantize(w)
+    x = torch.randn(m, k, device=device, dtype=dtype, requires_grad=True)
+    a = (torch.randn(rank, k, device=device) / k**0.5).requires_grad_()
+    b = torch.randn(n, rank, device=device, requires_grad=True)
+    bias = torch.randn(n, device=device, dtype=dtype)
+    dy = torch.randn(m, n, device=device, dtype=dtype)
+
+    torch.manual_seed(7)
+    y = ops.lora_linear(x, w, a, b, scale, bias, dropout)
+    y.backward(dy)
+    torch.manual_seed(7)
+    mask = drop(torch.ones(m, k, device=device), dropout, new_seed()) if dropout else torch.ones(m, k, device=device)
+
+    def plain(kind: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [t.detach().to(kind).requires_grad_() for t in (x, a, b)]
+        out = leaves[0] @ dense.to(kind).t() + bias.to(kind)
+        out = out + scale * ((leaves[0] * mask.to(kind)) @ leaves[1].t()) @ leaves[2].t()
+        out.backward(dy.to(kind))
+        return out, *(leaf.grad for leaf in leaves)  # type: ignore[return-value]
+
+    for ours, same, exact in zip((y, x.grad, a.grad, b.grad), plain(dtype), plain(torch.float64), strict=True):
+        assert ours is not None
+        assert_ratio(ours.to(dtype), same, exact)
+    assert a.grad is not None and a.grad.dtype == torch.float32
+
+
+def test_gradient_against_finite_differences() -> None:
+    """The seed is drawn anew in every call, so the generator is reset for each."""
+    w = ops.nf4_quantize(torch.randn(10, 64))
+    x = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
+    a = torch.randn(4, 64, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(10, 4, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(10, dtype=torch.float64, requires_grad=True)
+
+    def run(x: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        return ops.lora_linear(x, w, a, b, 0.5, bias, dropout=0.25)
+
+    assert torch.autograd.gradcheck(run, (x, a, b, bias))
+
+
+def test_evaluation_has_no_dropout(device: str) -> None:
+    x, a, b = (torch.randn(*s, device=device) for s in ((4, 64), (2, 64), (8, 2)))
+    w = torch.randn(8, 64, device=device)
+    assert_exact(
+        ops.lora_linear(x, w, a, b, 1.0, dropout=0.5, training=False), ops.lora_linear(x, w, a, b, 1.0, dropout=0.0)
+    )
+
+
+def test_nothing_but_x_and_its_projection_is_kept() -> None:
+    """Neither the dropped x nor a mask is saved: of the big saved tensors there is x alone."""
+    x = torch.randn(64, 128, requires_grad=True)
+    w = ops.nf4_quantize(torch.randn(32, 128))
+    a, b = torch.randn(4, 128, requires_grad=True), torch.randn(32, 4, requires_grad=True)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        ops.lora_linear(x, w, a, b, 1.0, dropout=0.5)
+    assert [tuple(t.shape) for t in saved if t.numel() >= x.numel()] == [(64, 128)]
+
+
+def test_checkpointing_draws_the_same_mask(device: str) -> None:
+    """Recomputation restores the CPU generator, from which the seed comes."""
+    from torch.utils.checkpoint import checkpoint
+
+    w = torch.randn(8, 64, device=device)
+    grads = []
+    for wrapped in (False, True):
+        torch.manual_seed(11)
+        x = torch.linspace(-1, 1, 256, device=device).reshape(4, 64).requires_grad_()
+        a = torch.full((2, 64), 0.1, device=device, requires_grad=True)
+        b = torch.ones(8, 2, device=device, requires_grad=True)
+        call = lambda x, a=a, b=b: ops.lora_linear(x, w, a, b, 1.0, dropout=0.5)  # noqa: E731
+        (checkpoint(call, x, use_reentrant=False) if wrapped else call(x)).sum().backward()
+        grads.append((x.grad, a.grad, b.grad))
+    for plain, recomputed in zip(*grads, strict=True):
+        assert_exact(recomputed, plain)
+
+
+# --- dropout ---
+def test_philox_known_answer() -> None:
+    """Counter 0, key 0 gives 6627e8d5 e169c58d bc57ac4c 9b00dbd8 (Random123's published vector).
+
+    As fractions of 2^32: 0.399, 0.880, 0.736, 0.605. With p = 0.5 the first is dropped, the others kept; with p = 0.7
+    only the second and third.
+    """
+    seed = torch.tensor(0)
+    assert drop(torch.ones(4), 0.5, seed).tolist() == [0, 2, 2, 2]
+    assert [bool(v) for v in drop(torch.ones(4), 0.7, seed)] == [False, True, True, False]
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+def test_dropout_keeps_its_share_and_its_scale(p: float, device: str) -> None:
+    out = drop(torch.ones(100_003, device=device), p, torch.tensor(99))
+    kept = out != 0
+    assert abs(float(kept.double().mean()) - (1 - p)) < 7 * (p * (1 - p) / 100_003) ** 0.5
+    assert_exact(out[kept], torch.full_like(out[kept], 1 / (1 - p)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("numel", [1, 7, 8, 1025])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_dropout_is_the_same_on_both_devices(dtype: torch.dtype, numel: int) -> None:
+    x, seed = torch.randn(numel + 1).to(dtype), torch.tensor(2**62 + 17)
+    assert_exact(drop(x.cuda(), 0.4, seed), drop(x, 0.4, seed))
+    assert_exact(drop(x.cuda()[1:], 0.4, seed), drop(x[1:], 0.4, seed))  # off the 16-byte grid
+
+
+# --- the framework's view ---
+def test_opcheck(device: str) -> None:
+    x, a, b = (torch.randn(*s, device=device) for s in ((4, 64), (2, 64), (8, 2)))
+    w = ops.nf4_quantize(torch.randn(8, 64, device=device))
+    base = (*w.operands, 8, 64)
+    seed = torch.tensor(3)
+    library = torch.ops.fastpeft
+    torch.library.opcheck(library.dropout.default, (x, 0.5, seed))
+    torch.library.opcheck(library.lora_linear.default, (x, *base, a, b, 2.0, None, 0.5, seed))
+    y, xa = library.lora_linear(x, *base, a, b, 2.0, None, 0.5, seed)
+    torch.library.opcheck(library.lora_linear_backward.default, (y, x, xa, *base, a, b, 2.0, 0.5, seed, True, True))
+
+
+def test_errors_name_the_function_and_the_way_out() -> None:
+    x, w = torch.randn(4, 64), torch.randn(8, 64)
+    a, b = torch.randn(2, 64), torch.randn(8, 2)
+    with pytest.raises(ValueError, match=r"lora_linear: a has shape \(2, 64\) and b \(8, 3\); .* needs \(r, 64\)"):
+        ops.lora_linear(x, w, a, torch.randn(8, 3), 1.0)
+    with pytest.raises(ValueError, match=r"lora_linear: dropout is 1.0; it must be at least 0 and below 1"):
+        ops.lora_linear(x, w, a, b, 1.0, dropout=1.0)
+    with pytest.raises(ValueError, match=r"lora_linear: x has shape \(4, 63\)"):
+        ops.lora_linear(x[:, 1:], w, a, b, 1.0)

@@ -1,0 +1,99 @@
+"""The suite must be red when an op is broken: each case breaks one on purpose and runs the tests that should notice."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fastpeft.ops import lora, nf4
+from fastpeft.optim import adamw
+
+Patch = pytest.MonkeyPatch
+Run = Callable[[], Any]
+
+
+def running(module: str, name: str, *arguments: Any) -> Run:
+    return lambda: getattr(importlib.import_module(module), name)(*arguments)
+
+
+def swap_nibbles(patch: Patch) -> None:
+    original = nf4._dequantize_range
+    patch.setattr(nf4, "_dequantize_range", lambda codes, *rest: original(codes >> 4 | codes << 4, *rest))
+
+
+def drop_the_tail(patch: Patch) -> None:
+    original = nf4._dequantize_range
+
+    def broken(*arguments: Any) -> None:
+        *operands, begin, end, out = arguments
+        out.zero_()
+        original(*operands, begin, end - (end - begin) % 64, out)
+
+    patch.setattr(nf4, "_dequantize_range", broken)
+
+
+def forget_the_offset(patch: Patch) -> None:
+    original = nf4._dequantize_range
+
+    def broken(codes: Any, absmax: Any, nested: Any, nested_map: Any, offset: Any, *rest: Any) -> None:
+        original(codes, absmax, nested, nested_map, None if offset is None else offset * 0, *rest)
+
+    patch.setattr(nf4, "_dequantize_range", broken)
+
+
+def change_an_adamw_option(**changed: Any) -> Callable[[Patch], None]:
+    def sabotage(patch: Patch) -> None:
+        original = adamw.adamw_
+        patch.setattr(adamw, "adamw_", lambda *lists, **options: original(*lists, **{**options, **changed}))
+
+    return sabotage
+
+
+def forget_the_base_gradient(patch: Patch) -> None:
+    patch.setattr(lora, "_base_dx", lambda dy, base: dy.new_zeros((dy.shape[0], base[-1])))
+
+
+def draw_another_mask_in_backward(patch: Patch) -> None:
+    calls: list[int] = []
+
+    def broken(x: torch.Tensor, p: float, seed: torch.Tensor | None) -> torch.Tensor:
+        if seed is None or p == 0.0:
+            return x
+        calls.append(1)
+        return torch.ops.fastpeft.dropout(x, p, seed + len(calls))
+
+    patch.setattr(lora, "_dropped", broken)
+
+
+LINEAR = running("ops.test_nf4", "test_linear_forward_and_backward", torch.float32, 7, (100, 96), 64, "cpu")
+BY_HAND = running("ops.test_nf4", "test_a_block_worked_out_by_hand")
+BITS = running("ops.test_nf4", "test_bits_equal_bitsandbytes", torch.float32, 64, True, "cpu")
+LORA = running("ops.test_lora", "test_forward_and_backward", torch.float32, 16, 0.3, "nf4", "cpu")
+STEPS = running("optim.test_adamw", "test_a_thousand_steps_follow_torch", False, "cpu")
+
+CASES: dict[str, tuple[Callable[[Patch], None], Run]] = {
+    "swapped nibbles": (swap_nibbles, BY_HAND),
+    "swapped nibbles, against bitsandbytes": (swap_nibbles, BITS),
+    "dropped tail": (drop_the_tail, BITS),
+    "forgotten offset": (forget_the_offset, BITS),
+    "no bias correction": (change_an_adamw_option(step=10**9), STEPS),
+    "no weight decay": (change_an_adamw_option(weight_decay=0.0), STEPS),
+    "descent for ascent": (change_an_adamw_option(maximize=True), STEPS),
+    "no base gradient": (forget_the_base_gradient, LORA),
+    "another mask in backward": (draw_another_mask_in_backward, LORA),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_broken_op_turns_the_suite_red(case: str, monkeypatch: Patch) -> None:
+    sabotage, run = CASES[case]
+    torch.manual_seed(1234)
+    run()  # green first, or the red below would prove nothing
+    sabotage(monkeypatch)
+    torch.manual_seed(1234)
+    with pytest.raises(AssertionError):
+        run()
