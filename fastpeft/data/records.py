@@ -1,0 +1,363 @@
+"""JSON Lines in, checked records out.
+
+A row is one JSON object in one of three forms, told apart by its keys; other keys may stand beside them:
+
+    {"input": "...", "output": "..."}
+    {"prompt": "...", "completion": "..."}
+    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}
+
+All become a `Record`, a list of turns. Nothing is guessed or filled in: a row that cannot be read exactly is a
+complaint that names the file, the line, the key and the names near it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fastpeft.errors import UserError
+
+OnBadRow = Literal["error", "skip"]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_PAIRS = (("input", "output"), ("prompt", "completion"))
+_FORMS: tuple[tuple[str, ...], ...] = (("messages",), *_PAIRS)
+_FORMS_IN_WORDS = "'input' and 'output', 'prompt' and 'completion', or 'messages'"
+_SHOWN_COMPLAINTS = 10
+_NEAR = 0.6  # difflib's ratio from which a name counts as a misspelling of another
+_JSON_TYPES = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+}
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a dialogue."""
+
+    role: str
+    content: str
+
+    def as_dict(self) -> dict[str, str]:
+        """The form chat templates take."""
+        return {"role": self.role, "content": self.content}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One checked training example: a dialogue whose last turn is the assistant's.
+
+    Args:
+        turns: the messages; a prompt and its answer are a user turn and an assistant turn.
+        where: where it came from, for messages: ``train.jsonl:17``.
+        separator: what stands between prompt and answer when the tokenizer has no chat template.
+    """
+
+    turns: tuple[Message, ...]
+    where: str
+    separator: str = ""
+
+
+@dataclass
+class RecordSet:
+    """What a source held: the good rows, and a complaint for each bad one (``on_bad_row="skip"``)."""
+
+    name: str
+    records: list[Record] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
+
+
+class RowError(Exception):
+    """A complaint about one row; the caller adds where the row is and decides whether it stops the run."""
+
+
+def load_records(path: str | Path, limit: int | None = None, on_bad_row: OnBadRow = "error") -> list[Record]:
+    """Read a JSON Lines file of training examples.
+
+    Args:
+        path: UTF-8 file, one JSON object a line; blank lines are passed over.
+        limit: read no more than this many rows.
+        on_bad_row: ``"error"`` to refuse the file, listing its bad rows, ``"skip"`` to leave them out.
+    Returns:
+        The records in the file's order.
+    Raises:
+        UserError: the file is missing, empty or unreadable, or a row is not as the module's introduction says.
+    """
+    return read_records(path, limit=limit, on_bad_row=on_bad_row).records
+
+
+def read_records(
+    source: str | Path | Iterable[Mapping[str, Any]],
+    *,
+    limit: int | None = None,
+    on_bad_row: OnBadRow = "error",
+    name: str | None = None,
+) -> RecordSet:
+    """Read training examples from a JSON Lines file or from rows in memory.
+
+    Args:
+        source: path of a file, or the rows themselves (a list, a ``datasets.Dataset``).
+        limit: read no more than this many rows.
+        on_bad_row: ``"error"`` or ``"skip"``.
+        name: what messages call the source; the path as given, or ``"rows"``, if None.
+    Returns:
+        The good records and the complaints about the bad ones.
+    Raises:
+        UserError: the source is missing or empty, or has a bad row and ``on_bad_row`` is ``"error"``, or only bad rows.
+    """
+    if on_bad_row not in ("error", "skip"):
+        raise UserError(f"on_bad_row is {on_bad_row!r}; it must be 'error' or 'skip'")
+    if limit is not None and limit < 1:
+        raise UserError(f"limit is {limit}; it must be 1 or more, or None for all rows")
+    rows: Iterable[tuple[str, Mapping[str, Any] | RowError]]
+    if isinstance(source, (str, Path)):
+        path = Path(source).expanduser()
+        name = name or str(path)
+        rows = _rows_of_file(path, name)
+    elif isinstance(source, Iterable) and not isinstance(source, (Mapping, bytes)):
+        name = name or "rows"
+        rows = ((f"{name}[{index}]", row) for index, row in enumerate(source))
+    else:
+        raise UserError(
+            f"training examples came as {type(source).__name__}; give the path of a JSONL file or a list of rows"
+        )
+    found = RecordSet(name)
+    for where, row in rows:
+        if limit is not None and len(found.records) + len(found.complaints) >= limit:
+            break
+        try:
+            if isinstance(row, RowError):
+                raise row
+            found.records.append(parse_row(row, where))
+        except RowError as complaint:
+            found.complaints.append(f"{where}: {complaint}")
+    if found.complaints and (on_bad_row == "error" or not found.records):
+        raise UserError(describe_complaints(found.name, found.complaints, len(found.records)))
+    if not found.records:
+        raise UserError(f"{found.name}: it is empty; it needs rows with the keys {_FORMS_IN_WORDS}")
+    return found
+
+
+def describe_complaints(name: str, complaints: Sequence[str], good: int) -> str:
+    """One message for several bad rows: how many, then the first ten, one a line."""
+    if len(complaints) == 1 and good:
+        return f"{complaints[0]} (one bad row; on_bad_row: skip leaves it out)"
+    lines = [
+        f"{name}: {len(complaints)} of {len(complaints) + good} rows cannot be used",
+        *complaints[:_SHOWN_COMPLAINTS],
+    ]
+    if len(complaints) > _SHOWN_COMPLAINTS:
+        lines.append(f"... and {len(complaints) - _SHOWN_COMPLAINTS} more")
+    if good:
+        lines.append("Mend them, or leave them out with on_bad_row: skip.")
+    return "\n".join(lines)
+
+
+def parse_row(row: Mapping[str, Any], where: str, *, for_prompt: bool = False) -> Record:
+    """Check one row and give it the common form.
+
+    Args:
+        row: the decoded JSON object.
+        where: where it came from; kept in the record.
+        for_prompt: the answer may be absent (a row to generate from); it is then the empty string.
+    Raises:
+        RowError: the row is not of a known form, or a value is not what its key asks for.
+    """
+    if not isinstance(row, Mapping):
+        raise RowError(f"a row is {_json_type(row)}; it must be an object with keys {_FORMS_IN_WORDS}")
+    form = _recognise(row, for_prompt)
+    if form == ("messages",):
+        return Record(_parse_messages(row["messages"], for_prompt), where)
+    prompt_key, answer_key = form
+    prompt = _text(row, prompt_key)
+    answer = _text(row, answer_key) if answer_key in row or not for_prompt else ""
+    space_needed = prompt and answer and not prompt[-1].isspace() and not answer[0].isspace()
+    separator = " " if space_needed and form == ("input", "output") else ""
+    return Record((Message("user", prompt), Message("assistant", answer)), where, separator)
+
+
+def _recognise(row: Mapping[str, Any], for_prompt: bool) -> tuple[str, ...]:
+    """The form whose keys the row has, or a complaint that names what is missing."""
+    complete = [form for form in _FORMS if all(key in row for key in form)]
+    if not complete and for_prompt:
+        complete = [form for form in _PAIRS if form[0] in row]
+    if len(complete) == 1:
+        return complete[0]
+    if complete:
+        keys = " and ".join("/".join(map(repr, form)) for form in complete)
+        raise RowError(f"the row has {keys}; keep the keys of one form, so that it is clear what to train on")
+    found = [str(key) for key in row]
+    if not found:
+        raise RowError(f"the object is empty; it needs the keys {_FORMS_IN_WORDS}")
+    near = {form: _near_names(form, found) for form in _FORMS}
+    form = max(_FORMS, key=lambda form: (sum(key in row for key in form), len(near[form])))
+    present = any(key in row for key in form)
+    listed = ", ".join(map(repr, found[:8])) + (", ..." if len(found) > 8 else "")
+    if not present and not near[form]:
+        raise RowError(f"no key of a known form; found {listed}; a row needs the keys {_FORMS_IN_WORDS}")
+    missing = [key for key in form if key not in row]
+    hints = [f"{key!r} where it says {near[form][key]!r}" for key in missing if key in near[form]]
+    raise RowError(
+        f"no key{'s' if len(missing) > 1 else ''} {' and '.join(map(repr, missing))}; found {listed}"
+        + (f"; did you mean {' and '.join(hints)}?" if hints else f"; a row needs the keys {_FORMS_IN_WORDS}")
+    )
+
+
+def _near_names(wanted: Sequence[str], found: Sequence[str]) -> dict[str, str]:
+    """For each wanted key that is absent, the found key that looks most like it."""
+    near = {}
+    for key in wanted:
+        if key not in found:
+            folded = {name.strip().lower(): name for name in found if name not in wanted}
+            close = difflib.get_close_matches(key, folded, n=1, cutoff=_NEAR)
+            if close:
+                near[key] = folded[close[0]]
+    return near
+
+
+def _text(holder: Mapping[str, Any], key: str, place: str = "") -> str:
+    """The string at a key."""
+    value = holder[key]
+    if not isinstance(value, str):
+        told = "null" if value is None else f"{_json_type(value)} ({json.dumps(value, default=str)[:40]})"
+        hint = "; write structured answers as a JSON string" if isinstance(value, (dict, list)) else ""
+        raise RowError(f"{place}key {key!r} is {told}; it must be a string{hint}")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise RowError(
+                f"{place}key {key!r} has half of a surrogate pair at character {error.start + 1}; "
+                "write the character itself or both \\u escapes"
+            ) from None
+    return value
+
+
+def _parse_messages(messages: Any, for_prompt: bool) -> tuple[Message, ...]:
+    if not isinstance(messages, (list, tuple)) or not messages:
+        told = "an empty list" if isinstance(messages, (list, tuple)) else _json_type(messages)
+        raise RowError(f"key 'messages' is {told}; it must be a list of {{'role', 'content'}} objects")
+    turns = []
+    for index, message in enumerate(messages):
+        place = f"messages[{index}]: "
+        if not isinstance(message, Mapping):
+            raise RowError(f"{place}it is {_json_type(message)}; it must be an object with 'role' and 'content'")
+        missing = [key for key in ("role", "content") if key not in message]
+        if missing:
+            near = _near_names(("role", "content"), [str(key) for key in message])
+            hints = [f"{key!r} where it says {near[key]!r}" for key in missing if key in near]
+            raise RowError(
+                f"{place}no key {' and '.join(map(repr, missing))}; found {', '.join(map(repr, message)) or 'nothing'}"
+                + (f"; did you mean {' and '.join(hints)}?" if hints else "")
+            )
+        role, content = _text(message, "role", place), _text(message, "content", place)
+        if role not in ROLES:
+            close = difflib.get_close_matches(role.lower(), ROLES, n=1, cutoff=_NEAR)
+            hint = f"did you mean {close[0]!r}?" if close else f"it must be one of {', '.join(ROLES)}"
+            raise RowError(f"{place}role is {role!r}; {hint}")
+        turns.append(Message(role, content))
+    if turns[-1].role != "assistant" and not for_prompt:
+        raise RowError(f"the last message is the {turns[-1].role}'s; a training dialogue ends with the assistant's")
+    return tuple(turns)
+
+
+def _json_type(value: object) -> str:
+    return _JSON_TYPES.get(type(value), f"a {type(value).__name__}")
+
+
+def _rows_of_file(path: Path, name: str) -> Iterator[tuple[str, Mapping[str, Any] | RowError]]:
+    """Each non-blank line's place with its object or the complaint about it."""
+    _check_file(path)
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                _check_magic(line, path)
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line.isspace() and line:
+                try:
+                    yield f"{name}:{number}", _decode_line(line)
+                except RowError as complaint:
+                    yield f"{name}:{number}", complaint
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        inside = sorted(child.name for child in path.iterdir() if child.suffix in (".jsonl", ".json"))
+        hint = f"; it holds {', '.join(inside[:5])}" if inside else ""
+        raise UserError(f"{path} is a folder; give the path of a JSONL file{hint}")
+    if not path.exists():
+        raise UserError(f"{path}: no such file{_near_files(path)}")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _near_files(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"; nor is there a folder {path.parent}"
+    names = [child.name for child in path.parent.iterdir()]
+    close = difflib.get_close_matches(path.name, names, n=2, cutoff=_NEAR)
+    return f"; did you mean {' or '.join(str(path.parent / name) for name in close)}?" if close else ""
+
+
+def _check_magic(head: bytes, path: Path) -> None:
+    """Refuse, by name, the files that are often given by mistake."""
+    if head[:2] == b"\x1f\x8b":
+        raise UserError(f"{path} is compressed with gzip; unpack it first (gunzip -k {path.name})")
+    if head[:4] == b"PAR1":
+        raise UserError(f"{path} is a Parquet file; convert it to JSON Lines first")
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"{path} is UTF-16 text; save it as UTF-8")
+    first = head.removeprefix(b"\xef\xbb\xbf").strip()
+    if first == b"{":
+        raise UserError(f"{path}: its first object goes over several lines; JSON Lines has one object a line")
+    if first[:1] == b"[":
+        raise UserError(f"{path} begins with '[', a JSON list; JSON Lines has one object a line and no list around")
+
+
+def _decode_line(line: bytes) -> Mapping[str, Any]:
+    try:
+        text = line.rstrip(b"\r\n").decode()
+    except UnicodeDecodeError as error:
+        raise RowError(
+            f"byte 0x{line[error.start]:02x} at position {error.start + 1} is not UTF-8; save the file as UTF-8"
+        ) from None
+    try:
+        row = json.loads(text, object_pairs_hook=_no_duplicates)
+    except json.JSONDecodeError as error:
+        told = f"{_lower_first(error.msg)} at column {error.pos + 1}: {_excerpt(text, error.pos)}"
+        raise RowError(f"not valid JSON: {told}") from None
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"not valid JSON: {_lower_first(str(error))}") from None
+    if not isinstance(row, dict):
+        raise RowError(f"the line is {_json_type(row)}; it must be an object with keys {_FORMS_IN_WORDS}")
+    return row
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise RowError(f"key {twice!r} stands {keys.count(twice)} times in one object; keep one")
+    return row
+
+
+def _excerpt(text: str, position: int, reach: int = 30) -> str:
+    """The text around a position, which ``-->`` marks."""
+    start, end = max(0, position - reach), min(len(text), position + reach)
+    before, after = text[start:position], text[position:end]
+    return f"{'...' if start else ''}{before} --> {after}{'...' if end < len(text) else ''}"
+
+
+def _lower_first(message: str) -> str:
+    return message[:1].lower() + message[1:]

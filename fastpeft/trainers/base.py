@@ -1,0 +1,332 @@
+"""The one subclass of ``transformers.Trainer``, in which the gaps of that class are closed.
+
+What changes:
+
+- a step with a NaN or infinite loss or gradient never reaches the optimizer, and the loss is reported as it is;
+- checkpoints are whole or absent, hold no pickle, and a broken one makes way for an older one (`checkpoint`, `state`);
+- metrics are summed on the device and read when they are logged (`metrics`);
+- SIGTERM ends with a checkpoint (`preemption`); progress is one line (`progress`).
+
+One wait for the device per optimizer step is left: whether the step is finite must be known before the optimizer runs.
+
+The methods whose names begin with an underscore are transformers' own, overridden because it offers no public place.
+`checks` looks for them at start, so that a version of transformers without them is refused instead of half obeyed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
+from transformers.trainer_callback import ExportableState
+
+from fastpeft.errors import UserError
+from fastpeft.optim import AdamW
+from fastpeft.trainers import checkpoint
+from fastpeft.trainers.checks import check_model, check_transformers
+from fastpeft.trainers.config import BaseConfig
+from fastpeft.trainers.metrics import Meter, MetricsFile, Stopwatch, memory_bytes
+from fastpeft.trainers.preemption import EXIT_CODE, StopOnSigterm
+from fastpeft.trainers.progress import ProgressLine
+from fastpeft.trainers.state import capture_rng, load_state, restore_rng, save_state
+from fastpeft.trainers.weights import load_weights, save_weights
+
+logger = logging.getLogger(__name__)
+
+_HOPELESS = 20  # skipped steps in a row after which a run is given up: it learns nothing
+
+
+class BaseTrainer(Trainer):
+    """What all trainers share; a subclass says what its rows are, how they make a batch, and what the loss is.
+
+    Args:
+        model: a transformers model, or one with adapters from `fastpeft.get_peft_model`.
+        args: training options.
+        train_dataset: what `prepare_dataset` takes.
+        eval_dataset: the same, for evaluation.
+        processing_class: the tokenizer.
+        data_collator: takes the place of `default_collator`.
+        callbacks: further transformers callbacks.
+        optimizers: an optimizer and a scheduler to use in place of those that ``args`` describe.
+    Raises:
+        UserError: nothing in the model can be trained, or an evaluation is asked for without data.
+    """
+
+    args: BaseConfig
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: BaseConfig,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        data_collator: Callable[[list[Any]], dict[str, Tensor]] | None = None,
+        callbacks: Sequence[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        check_transformers()
+        check_model(model, type(self).__name__)
+        if not isinstance(args, BaseConfig):
+            raise UserError(
+                f"{type(self).__name__}: args is a {type(args).__name__}; it must be the trainer's own config, which "
+                "takes every field of transformers.TrainingArguments"
+            )
+        if args.eval_strategy != "no" and eval_dataset is None:
+            raise UserError(
+                f"{type(self).__name__}: eval_strategy is '{args.eval_strategy.value}' and there is no eval_dataset; "
+                "give one, or set eval_strategy: 'no'"
+            )
+        self.args = args
+        self.processing_class = processing_class
+        adamw = None
+        if args.optimizer == "adamw" and optimizers[0] is None:
+            betas = (args.adam_beta1, args.adam_beta2)
+            adamw = AdamW, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
+        super().__init__(
+            model,
+            args,
+            train_dataset=self.prepare_dataset(train_dataset, "train_dataset"),
+            eval_dataset=self.prepare_dataset(eval_dataset, "eval_dataset"),
+            processing_class=processing_class,
+            data_collator=data_collator or self.default_collator(),
+            callbacks=None if callbacks is None else list(callbacks),
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=adamw,
+        )
+        self.model_accepts_loss_kwargs = True  # compute_loss divides by num_items_in_batch itself
+        self.meter = Meter(args.device)
+        self.skipped_steps = 0
+        self._skipped_in_a_row = 0
+        self._step_loss: Tensor | None = None
+        self._stopwatch: Stopwatch | None = None
+        self._sigterm = StopOnSigterm()
+        self._progress = ProgressLine()
+        self.remove_callback(PrinterCallback)
+        self.add_callback(self._sigterm)
+        self.add_callback(MetricsFile())
+        if args.progress:
+            self.add_callback(self._progress)
+
+    def prepare_dataset(self, source: Any, argument: str) -> Any:
+        """Make a data set of what the user gave as ``argument``; None stays None."""
+        raise NotImplementedError
+
+    def default_collator(self) -> Callable[[list[Any]], dict[str, Tensor]]:
+        """Give the function that makes a batch of a list of items."""
+        raise NotImplementedError
+
+    def train(
+        self,
+        resume_from_checkpoint: str | Path | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Train.
+
+        Args:
+            resume_from_checkpoint: True for the newest whole checkpoint in ``output_dir``, or a checkpoint's folder.
+            trial: as in transformers.
+            ignore_keys_for_eval: as in transformers.
+        Returns:
+            transformers' ``TrainOutput``.
+        Raises:
+            UserError: there is no checkpoint to resume from, or the one named is broken.
+            SystemExit: SIGTERM came; the checkpoint is saved and the code is 143.
+        """
+        folder: str | None = None
+        if resume_from_checkpoint is True:
+            folder = str(checkpoint.newest_valid(self.args.output_dir))
+        elif resume_from_checkpoint:
+            folder = str(resume_from_checkpoint)
+            checkpoint.verify(Path(folder), resumable=True)
+        set_seed(self.args.seed)  # so that the run does not depend on what happened since the trainer was made
+        self.meter.reset()
+        self.skipped_steps = self._skipped_in_a_row = 0
+        self._step_loss = self._stopwatch = None
+        try:
+            result = super().train(folder, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+        finally:
+            self._progress.close()
+            self._sigterm.close()
+        if self._sigterm.received:
+            raise SystemExit(EXIT_CODE)
+        return result
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Run forward and backward of one micro-batch."""
+        if self._stopwatch is None:
+            self._stopwatch = Stopwatch()
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self._step_loss = loss if self._step_loss is None else self._step_loss + loss
+        # transformers keeps a running sum that a single NaN would spoil for the rest of the run; ours is what is logged
+        return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Called once a step, between clipping and the optimizer."""
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        assert self._step_loss is not None
+        self.meter.add("loss", self._step_loss, 1)
+        self._skip_unless_finite(self._step_loss, grad_norm)
+        self._step_loss = None
+        return grad_norm
+
+    def _skip_unless_finite(self, loss: Tensor, grad_norm: Any) -> None:
+        """Take the gradients away from the optimizer if they must not be used: it passes over parameters without."""
+        finite = torch.isfinite(loss + grad_norm)
+        if self.accelerator.num_processes > 1:  # all have the same gradients, each its own loss
+            finite = self.accelerator.reduce(finite.float(), reduction="sum") == self.accelerator.num_processes
+        if bool(finite):
+            self._skipped_in_a_row = 0
+            return
+        step = self.state.global_step + 1
+        told = f"step {step}: the loss is {float(loss):g} and the gradient norm {float(grad_norm):g}"
+        self.optimizer.zero_grad(set_to_none=True)
+        self.skipped_steps += 1
+        if self.accelerator.scaler is not None:
+            return  # float16: overflow is how the scaler finds its scale
+        self._skipped_in_a_row += 1
+        advice = "lower learning_rate, look at the data of this step, or train in bfloat16 or float32"
+        if self.args.on_nonfinite == "raise":
+            raise UserError(f"{told}; the weights are as they were before it; {advice}")
+        if self._skipped_in_a_row == _HOPELESS:
+            raise UserError(f"{told}, as in the {_HOPELESS - 1} steps before; the run learns nothing; {advice}")
+        logger.warning("%s; the step was skipped, the weights did not change", told)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what the meter gathered to a training log line, and pass the line to every callback."""
+        logs.pop("total_flos", None)
+        if "loss" in logs:
+            logs.update(self._training_metrics())
+        super().log(logs, start_time)
+
+    def _training_metrics(self) -> dict[str, float]:
+        """Loss, accuracy and speed since the last log line; the only transfer from the device."""
+        metrics = self.meter.read(self._sum_over_processes)
+        self.meter.reset()
+        seconds = self._stopwatch.lap() if self._stopwatch else 0.0
+        tokens = round(metrics.pop("tokens", 0))
+        self.state.num_input_tokens_seen += tokens
+        metrics["num_tokens"] = self.state.num_input_tokens_seen
+        metrics["tokens_per_second"] = tokens / seconds if seconds else 0.0
+        metrics["memory_bytes"] = memory_bytes(self.args.device)
+        metrics["skipped_steps"] = self.skipped_steps
+        return metrics
+
+    def _sum_over_processes(self, values: Tensor) -> Tensor:
+        reduced: Tensor = self.accelerator.reduce(values, reduction="sum")
+        return reduced
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate, as in transformers; the time it takes does not count in ``tokens_per_second``."""
+        with (self._stopwatch or Stopwatch()).paused():
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        return metrics
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Zero: transformers' estimate walks over every parameter in every micro-step."""
+        return 0
+
+    # Saving.
+
+    def save_model(self, output_dir: str | Path | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter, or the whole model where there is none, with the tokenizer and the options as JSON.
+
+        Args:
+            output_dir: the folder; ``args.output_dir`` if None.
+        """
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_weights(self.model, folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        options = json.dumps(self.args.to_dict(), indent=1, sort_keys=True, default=str)
+        (folder / "training_args.json").write_text(options + "\n", encoding="utf-8")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        run_dir, step = Path(self.args.output_dir), self.state.global_step
+        target = checkpoint.checkpoint_path(run_dir, step)
+        with (self._stopwatch or Stopwatch()).paused():
+            if self.args.should_save:
+                checkpoint.stage(target)
+            self.accelerator.wait_for_everyone()
+            staging = checkpoint.staging_path(target)
+            if self.args.should_save:
+                self.save_model(staging)
+                self._save_trainer_state(staging)
+            if not self.args.save_only_model:
+                self._save_resume_state(staging)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoint.commit(staging, target, resumable=not self.args.save_only_model)
+                best = self.state.best_global_step
+                checkpoint.rotate(run_dir, step, self.args.save_total_limit, [] if best is None else [best])
+            self.accelerator.wait_for_everyone()
+
+    def _save_trainer_state(self, folder: Path) -> None:
+        best = self.state.best_global_step
+        if best is not None:
+            best_path = checkpoint.checkpoint_path(self.args.output_dir, best)
+            if best == self.state.global_step or best_path.exists():
+                self.state.best_model_checkpoint = str(best_path)
+        exported: dict[str, list[Any]] = {}
+        for part in (*self.callback_handler.callbacks, self.control):
+            if isinstance(part, ExportableState):
+                exported.setdefault(type(part).__name__, []).append(part.state())
+        self.state.stateful_callbacks = {name: s if len(s) > 1 else s[0] for name, s in exported.items()}
+        self.state.save_to_json(str(folder / "trainer_state.json"))
+
+    def _save_resume_state(self, folder: Path) -> None:
+        if self.args.should_save:
+            save_state(self.optimizer.state_dict(), folder, "optimizer")
+            save_state(self.lr_scheduler.state_dict(), folder, "scheduler")
+            if self.accelerator.scaler is not None:
+                save_state(self.accelerator.scaler.state_dict(), folder, "scaler")
+        own = {"rng": capture_rng(), "meter": self.meter.state_dict(), "skipped_steps": self.skipped_steps}
+        save_state(own, folder, f"process-{self.args.process_index}")
+
+    # Loading. transformers calls these in the order weights, optimizer, scaler, and the generators at the first batch.
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_weights(self.model if model is None else model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint_dir: str | None) -> None:
+        if checkpoint_dir is None:
+            return
+        folder = Path(checkpoint_dir)
+        self.optimizer.load_state_dict(load_state(folder, "optimizer"))
+        self.lr_scheduler.load_state_dict(load_state(folder, "scheduler"))
+        own = self._load_process_state(folder)
+        self.meter.load_state_dict(own["meter"])
+        self.skipped_steps = own["skipped_steps"]
+
+    def _load_scaler(self, checkpoint_dir: str | None) -> None:
+        if checkpoint_dir is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(load_state(Path(checkpoint_dir), "scaler"))
+
+    def _load_rng_state(self, checkpoint_dir: str | None) -> None:
+        if checkpoint_dir is not None:
+            restore_rng(self._load_process_state(Path(checkpoint_dir))["rng"])
+
+    def _load_process_state(self, folder: Path) -> dict[str, Any]:
+        name = f"process-{self.args.process_index}"
+        if not (folder / f"{name}.json").exists():
+            raise UserError(
+                f"{folder}: it has no {name}.json, so it was saved by fewer processes than the {self.args.world_size} "
+                "of now; resume with as many as before"
+            )
+        state: dict[str, Any] = load_state(folder, name)
+        return state
+
+    def _load_best_model(self) -> None:
+        folder = Path(self.state.best_model_checkpoint)
+        checkpoint.verify(folder)
+        load_weights(self.model, folder)

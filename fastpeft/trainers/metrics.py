@@ -1,0 +1,155 @@
+"""Numbers about a run: sums kept on the device, time without pauses, memory, and the file they end up in."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Meter:
+    """Weighted means and totals that stay on the device until they are read, so that adding never waits for a GPU.
+
+    Args:
+        device: where the values to add live.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._sums: dict[str, Tensor] = {}
+        self._weights: dict[str, Tensor] = {}
+
+    def add(self, name: str, value: Tensor | float, weight: Tensor | float | None = None) -> None:
+        """Add to a metric.
+
+        Args:
+            name: the metric.
+            value: a sum over ``weight`` things, or an amount to total.
+            weight: what the mean divides by; None for a metric that is a total.
+        """
+        self._accumulate(self._sums, name, value)
+        if weight is not None:
+            self._accumulate(self._weights, name, weight)
+
+    def read(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+        """Give every mean and total since the last `reset`; one transfer from the device.
+
+        Args:
+            reduce: sums a float64 ``(n,)`` tensor over the processes, when there are several.
+        Returns:
+            Values by name; a mean over nothing is left out.
+        """
+        if not self._sums:
+            return {}
+        packed = torch.stack([*self._sums.values(), *self._weights.values()])
+        numbers: list[float] = (packed if reduce is None else reduce(packed)).tolist()
+        sums = dict(zip(self._sums, numbers, strict=False))
+        weights = dict(zip(self._weights, numbers[len(sums) :], strict=True))
+        return {name: value / weights.get(name, 1.0) for name, value in sums.items() if weights.get(name) != 0.0}
+
+    def reset(self) -> None:
+        """Start again from nothing."""
+        self._sums, self._weights = {}, {}
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """What was added since the last reset, for a checkpoint."""
+        return {"sums": self._sums, "weights": self._weights}
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Go on from a `state_dict`."""
+        self._sums = {name: value.to(self._device) for name, value in state["sums"].items()}
+        self._weights = {name: value.to(self._device) for name, value in state["weights"].items()}
+
+    def _accumulate(self, table: dict[str, Tensor], name: str, amount: Tensor | float) -> None:
+        if name not in table:
+            table[name] = torch.zeros((), dtype=torch.float64, device=self._device)
+        table[name] += amount.detach() if isinstance(amount, Tensor) else amount
+
+
+class Stopwatch:
+    """Seconds between laps, without what `paused` surrounds."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap (or the making); starts the next one."""
+        now = time.perf_counter()
+        seconds, self._start = now - self._start, now
+        return seconds
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens inside out of the lap."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._start += time.perf_counter() - begin
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak bytes allocated on a GPU; on a CPU the bytes of memory the process occupies now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # not Linux: the peak is all there is, in bytes on macOS and in KiB elsewhere
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+class MetricsFile(TrainerCallback):
+    """Append every log event to ``output_dir/metrics.jsonl``, one JSON object a line.
+
+    A resumed run keeps the lines up to the step it resumes from and goes on after them; a new run starts the file
+    anew. A number that is not finite is written as Python's json module does: ``NaN``, ``Infinity``.
+    """
+
+    def __init__(self) -> None:
+        self._session: list[str] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Drop the lines of a course that this run does not continue."""
+        if not state.is_world_process_zero:
+            return
+        path = Path(args.output_dir) / METRICS_FILE
+        kept = []
+        if state.global_step and path.exists():
+            earlier = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in earlier if line not in self._session and _step(line) <= state.global_step]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{METRICS_FILE}.partial")
+        partial.write_text("".join([*kept, *self._session]), encoding="utf-8")
+        partial.replace(path)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Write one line."""
+        if not state.is_world_process_zero:
+            return
+        line = json.dumps({"step": state.global_step, **(logs or {})}, default=float) + "\n"
+        self._session.append(line)
+        path = Path(args.output_dir) / METRICS_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line)
+
+
+def _step(line: str) -> float:
+    """The step of a line; infinite, so that the line goes, where it was cut off in writing."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

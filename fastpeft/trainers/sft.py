@@ -1,0 +1,237 @@
+"""Supervised fine-tuning: learn the answers, token by token.
+
+The loss of a step is the sum of the negative log likelihoods of its target tokens divided by their number, over all
+micro-batches and processes, so that it does not depend on how a batch is cut up. Targets are the answers and their EOS.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from fastpeft.data import IGNORE_INDEX, SFTCollator, SFTDataset, build_sft_dataset
+from fastpeft.errors import UserError
+from fastpeft.trainers.base import BaseTrainer
+from fastpeft.trainers.config import BaseConfig
+from fastpeft.trainers.losses import token_nll
+from fastpeft.trainers.metrics import Meter
+
+_SHORTEST = 8  # tokens; a row has at least a prompt, an answer and EOS
+
+Source = str | Path | Iterable[Mapping[str, Any]] | Dataset[Any]
+
+
+@dataclass
+class SFTConfig(BaseConfig):
+    """Options of `SFTTrainer`: those of `BaseConfig`, and how rows become tokens.
+
+    Args:
+        max_length: tokens a row may have; longer rows lose prompt, never answer.
+        on_bad_row: ``"error"`` to list a file's bad rows and stop, ``"skip"`` to leave them out.
+        pad_to_multiple_of: batches are padded to a multiple of this many tokens.
+    Raises:
+        UserError: a value out of range.
+    """
+
+    max_length: int = field(default=1024, metadata={"help": "tokens a row may have"})
+    on_bad_row: str = field(default="error", metadata={"help": "'error' or 'skip'"})
+    pad_to_multiple_of: int = field(default=8, metadata={"help": "pad batches to a multiple of this"})
+
+    def __post_init__(self) -> None:
+        if self.max_length < _SHORTEST:
+            raise UserError(f"SFTConfig: max_length is {self.max_length}; it must be {_SHORTEST} tokens or more")
+        if self.on_bad_row not in ("error", "skip"):
+            raise UserError(f"SFTConfig: on_bad_row is {self.on_bad_row!r}; it must be 'error' or 'skip'")
+        super().__post_init__()
+
+
+class SFTTrainer(BaseTrainer):
+    """Fine-tune a causal language model on prompts and answers.
+
+    Args:
+        model: a transformers model (all its trainable parameters are trained), or one with adapters from
+            `fastpeft.get_peft_model`.
+        args: options; ``SFTConfig()`` if None.
+        train_dataset: a JSON Lines file, rows in memory, an `SFTDataset`, or any data set of
+            ``{"input_ids", "labels"}`` items.
+        eval_dataset: the same, for the evaluation loss.
+        processing_class: the tokenizer.
+        data_collator: takes the place of `SFTCollator`.
+        callbacks: further transformers callbacks.
+        optimizers: an optimizer and a scheduler to use in place of those that ``args`` describe.
+    Raises:
+        UserError: data, tokenizer or model cannot be used; the message says what to do.
+    """
+
+    args: SFTConfig
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: SFTConfig | None = None,
+        train_dataset: Source | None = None,
+        eval_dataset: Source | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Tensor]] | None = None,
+        callbacks: Sequence[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        super().__init__(
+            model,
+            SFTConfig() if args is None else args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=data_collator,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        self._selects_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
+        self._eval_meter = Meter(self.args.device)
+
+    # Data.
+
+    def prepare_dataset(self, source: Source | None, argument: str) -> Dataset[Any] | None:
+        """Tokenise what is not tokenised yet; the report on it is printed once."""
+        if source is None:
+            return None
+        if isinstance(source, Dataset):
+            _check_tokenised(source, argument)
+            return source
+        if not isinstance(source, (str, Path, Iterable)) or isinstance(source, (Mapping, bytes)):
+            raise UserError(
+                f"SFTTrainer: {argument} is a {type(source).__name__}; give the path of a JSONL file, a list of rows, "
+                "or an SFTDataset"
+            )
+        dataset = build_sft_dataset(
+            source,  # type: ignore[arg-type]
+            self._tokenizer(),
+            max_length=self.args.max_length,
+            on_bad_row=self.args.on_bad_row,  # type: ignore[arg-type]
+            name=None if isinstance(source, (str, Path)) else argument,
+        )
+        if self.args.progress and self.args.process_index == 0:
+            print(dataset.report.summary(), flush=True)
+        return dataset
+
+    def default_collator(self) -> SFTCollator:
+        """Pad with the padding token, or with EOS: padding is masked, so any token would do."""
+        tokenizer = self._tokenizer()
+        pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        if pad_token_id is None:
+            raise UserError("SFTTrainer: the tokenizer has neither a padding nor an EOS token; set tokenizer.pad_token")
+        return SFTCollator(pad_token_id, self.args.pad_to_multiple_of)
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.processing_class is None:
+            raise UserError("SFTTrainer: the tokenizer is missing; give it as processing_class=")
+        return self.processing_class
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor | None]:
+        """Fetch the micro-batches of one step and count their targets, over all processes."""
+        batches = list(islice(epoch_iterator, num_batches))
+        if not batches:
+            return [], None
+        targets = [batch["labels"][:, 1:].ne(IGNORE_INDEX).sum() for batch in batches]
+        count: Tensor = torch.stack(targets).sum().to(device)
+        return batches, self._sum_over_processes(count)
+
+    # Loss.
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Give the loss of a micro-batch as its share in the loss of the step.
+
+        Args:
+            model: the model, as wrapped for training.
+            inputs: ``input_ids``, ``attention_mask`` and ``labels`` ``(b, t)``; ``loss_positions`` ``(p,)``, where
+                given, are the positions whose next token is a target in some row.
+            return_outputs: give the model's outputs too.
+            num_items_in_batch: targets of the whole step; those of this micro-batch if None.
+        """
+        nll, targets, correct, outputs = self._forward(model, inputs)
+        self.meter.add("mean_token_accuracy", correct, targets)
+        self.meter.add("tokens", inputs["attention_mask"].sum())
+        # DDP averages gradients over the processes, and the loss is a sum over them.
+        scale = 1 if num_items_in_batch is None else self.accelerator.num_processes
+        loss = nll * scale / (targets if num_items_in_batch is None else num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _forward(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """Run the model, its output layer only where a target follows, and sum the loss: `token_nll`, and outputs."""
+        labels = inputs["labels"]
+        positions = inputs.get("loss_positions")
+        arguments: dict[str, Any] = {k: v for k, v in inputs.items() if k not in ("labels", "loss_positions")}
+        if positions is None:
+            positions = torch.arange(labels.shape[1] - 1, device=labels.device)
+        elif self._selects_logits:
+            arguments["logits_to_keep"] = positions
+        outputs = model(**arguments, use_cache=False)
+        logits = outputs.logits
+        if "logits_to_keep" not in arguments:
+            logits = logits[:, positions]
+        return (*token_nll(logits, labels[:, positions + 1]), outputs)
+
+    # Evaluation.
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Give the mean loss over the targets of a data set, and the accuracy.
+
+        Args:
+            eval_dataset: anything the constructor takes; its own evaluation set if None.
+            args: as in transformers.
+            kwargs: as in transformers.
+        """
+        return super().evaluate(self.prepare_dataset(eval_dataset, "eval_dataset"), *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Weigh by tokens what transformers would average by batches."""
+        self._eval_meter.reset()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        for name, value in self._eval_meter.read(self._sum_over_processes).items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        output.metrics.pop(f"{metric_key_prefix}_model_preparation_time", None)
+        return output
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """Add one batch to the evaluation."""
+        with torch.no_grad():
+            nll, targets, correct, _ = self._forward(model, self._prepare_inputs(inputs))
+        self._eval_meter.add("loss", nll, targets)
+        self._eval_meter.add("mean_token_accuracy", correct, targets)
+        return nll / targets, None, None
+
+
+def _check_tokenised(dataset: Dataset[Any], argument: str) -> None:
+    if isinstance(dataset, SFTDataset) or hasattr(dataset, "__len__"):
+        if not len(dataset):  # type: ignore[arg-type]
+            raise UserError(f"SFTTrainer: {argument} is empty; there is nothing to learn from")
+        keys = dataset[0].keys()
+        if not {"input_ids", "labels"} <= set(keys):
+            raise UserError(
+                f"SFTTrainer: items of {argument} have the keys {', '.join(map(str, keys))}; they must have input_ids "
+                "and labels. Give rows as a list or a JSONL file to have them tokenised"
+            )
