@@ -1,0 +1,166 @@
+"""The command line: ``fastpeft sft | generate | plot | info``.
+
+Commands import what they need when they run, so that ``fastpeft --help`` answers at once. A ``UserError`` becomes one
+message and exit code 2; anything else that goes wrong is a defect and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import fastpeft
+from fastpeft.errors import UserError
+
+if TYPE_CHECKING:
+    from fastpeft.recipes.generate import Prompt
+
+
+class _Commands(TyperGroup):
+    """The group of commands; Ctrl-C leaves with the shell's code for it under every version of typer."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    name="fastpeft",
+    cls=_Commands,
+    help="Fine-tune language models on one GPU or a CPU, with handwritten 4-bit, LoRA and optimizer kernels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the command ``fastpeft``; leaves through ``SystemExit``.
+
+    Args:
+        arguments: what follows the command's name; None takes the process's own.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # Accepted behind the command too, where it is typed after something has failed.
+    debug = "--debug" in arguments
+    try:
+        app([argument for argument in arguments if argument != "--debug"], prog_name="fastpeft")
+    except UserError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fastpeft {fastpeft.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of mistakes in what was given too.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def sft(
+    config: Annotated[Path, typer.Argument(help="YAML with the sections model, peft, data and train.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that take the place of the file's."),
+    ] = None,
+) -> None:
+    """Fine-tune a model on a JSONL file of answered prompts."""
+    from fastpeft.recipes import load_config, run_sft
+
+    run_sft(load_config(config, overrides or ()))
+
+
+@app.command()
+def generate(
+    run: Annotated[Path | None, typer.Argument(help="A run folder of 'fastpeft sft'.")] = None,
+    model: Annotated[str | None, typer.Option(help="Instead of a run: folder, hub id or package:NAME.")] = None,
+    gguf_file: Annotated[str | None, typer.Option(help="With --model: the GGUF file in it.")] = None,
+    quantize: Annotated[str, typer.Option(help="With --model: nf4 or none.")] = "none",
+    dtype: Annotated[str, typer.Option(help="With --model: auto, bfloat16, float32 or float16.")] = "auto",
+    adapter: Annotated[Path | None, typer.Option(help="An adapter folder; a run brings its own.")] = None,
+    untuned: Annotated[bool, typer.Option("--untuned", help="Answer with the base model alone.")] = False,
+    prompt: Annotated[str | None, typer.Option(help="The prompt; without it, prompts come line by line.")] = None,
+    input_file: Annotated[
+        Path | None,
+        typer.Option("--input", help="Prompts: .jsonl rows as in training (answered as JSONL), else one a line."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer may have.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="0 takes the likeliest token; above 0, tokens are drawn.")
+    ] = 0.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at a time.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the draws, with a temperature above 0.")] = 0,
+) -> None:
+    """Answer prompts with a tuned model; on a terminal without a prompt, one turn after another."""
+    import torch
+
+    from fastpeft.recipes import converse, generate_answers, load_for_generation, read_model_config, read_prompts
+    from fastpeft.recipes.yaml_file import Settings
+
+    prompts: list[Prompt] | None = None
+    if prompt is not None:
+        prompts = [prompt]
+    elif input_file is not None:
+        prompts = read_prompts(input_file)
+    elif not sys.stdin.isatty():
+        prompts = [line.strip() for line in sys.stdin if line.strip()]
+        if not prompts:
+            raise UserError("generate: there is no prompt; give --prompt, --input, or lines on standard input")
+
+    base = None
+    if model is not None:
+        section = {"path": model, "gguf_file": gguf_file, "quantize": quantize, "dtype": dtype}
+        base = read_model_config(Settings("command line", {"model": section}, {}))
+    loaded, tokenizer = load_for_generation(run, model=base, adapter=adapter, untuned=untuned)
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "batch_size": batch_size}
+
+    if prompts is None:
+        converse(lambda line: next(generate_answers(loaded, tokenizer, [line], **options)))
+        return
+    for asked, answer in zip(prompts, generate_answers(loaded, tokenizer, prompts, **options), strict=True):
+        line = answer if isinstance(asked, str) else json.dumps({**asked, "generated": answer}, ensure_ascii=False)
+        print(line, flush=True)
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; several are drawn into one picture.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The PNG; by default loss.png in the run folder, for several runs in the current one."),
+    ] = None,
+) -> None:
+    """Draw the loss curves of runs as a PNG."""
+    from fastpeft.recipes import plot_run
+
+    print(plot_run(runs, out))
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """Show versions, how the native core was built, the GPU found and which optional packages are there."""
+    from fastpeft.recipes.info import described, environment
+
+    found = environment()
+    print(json.dumps(found, indent=2) if as_json else described(found))

@@ -1,0 +1,70 @@
+"""Whole jobs on top of the other rooms: the YAML schema, loading, ``run_sft``, generation, plots, ``environment``.
+
+Names are imported when first used: ``environment`` has to report a native core that does not load, and ``plot_run``
+needs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastpeft.recipes.generate import converse, generate_answers, load_for_generation, read_prompts
+    from fastpeft.recipes.info import environment
+    from fastpeft.recipes.load import load_model, load_tokenizer
+    from fastpeft.recipes.plot import plot_run
+    from fastpeft.recipes.schema import (
+        DataSection,
+        ModelConfig,
+        PeftSection,
+        RunConfig,
+        TrainSection,
+        load_config,
+        read_model_config,
+    )
+    from fastpeft.recipes.sft import run_sft
+
+__all__ = [
+    "DataSection",
+    "ModelConfig",
+    "PeftSection",
+    "RunConfig",
+    "TrainSection",
+    "converse",
+    "environment",
+    "generate_answers",
+    "load_config",
+    "load_for_generation",
+    "load_model",
+    "load_tokenizer",
+    "plot_run",
+    "read_model_config",
+    "read_prompts",
+    "run_sft",
+]
+
+_FILES = {
+    "converse": "generate",
+    "environment": "info",
+    "generate_answers": "generate",
+    "load_for_generation": "generate",
+    "load_model": "load",
+    "load_tokenizer": "load",
+    "plot_run": "plot",
+    "read_prompts": "generate",
+    "run_sft": "sft",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
+    if name not in __all__:
+        raise AttributeError(f"module 'fastpeft.recipes' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"fastpeft.recipes.{_FILES.get(name, 'schema')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,357 @@
+"""The YAML of ``fastpeft sft``: its sections as dataclasses, and reading them with complaints that name lines.
+
+    model: {path: ..., gguf_file: ..., dtype: auto, quantize: nf4}       ModelConfig
+    peft:  {method: lora, r: 16, target_modules: all-linear, ...}        the fields of LoraConfig
+    data:  {train: train.jsonl, eval: val.jsonl, max_length: 512}        DataSection
+    train: {output_dir: runs/orders, max_steps: 150, ...}                the fields of SFTConfig
+
+Everything here is checked without opening the model: keys, types, ranges, and whether the data files exist.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from fastpeft.errors import UserError
+from fastpeft.methods import LoraConfig
+from fastpeft.recipes.yaml_file import Settings, read_settings, shown
+from fastpeft.trainers import SFTConfig
+
+_LISTED_KEYS = 24  # a section with more keys is not listed in a message
+# Fields of TrainingArguments that only transformers' example scripts read.
+_NO_TRAIN_KEYS = ("do_train", "do_eval", "do_predict", "resume_from_checkpoint")
+# Types that need no conversion, with what counts as one; a truth value is no number, whatever Python says.
+_PLAIN: dict[Any, Any] = {
+    **{kind: kind for kind in (bool, int, str, list, dict, type(None))},
+    float: (int, float),
+}
+_WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+    list: "a list",
+    dict: "a mapping",
+    type(None): "null",
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which base model, and how it is held in memory.
+
+    Args:
+        path: a folder in the Hugging Face layout, a hub id, or ``package:NAME`` for a folder that an installed Python
+            package brings.
+        gguf_file: name of a GGUF file in it, which is dequantised while loading.
+        dtype: "auto" takes the checkpoint's (bfloat16 for GGUF, where the device computes in it).
+        quantize: "nf4" packs every linear layer but the output embedding into 4 bits.
+        double_quant: quantise the NF4 scales too.
+        block_size: weights that share one NF4 scale.
+        skip_modules: names of further linear layers to leave unquantised.
+    """
+
+    path: str
+    gguf_file: str | None = None
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
+    quantize: Literal["nf4", "none"] = "none"
+    double_quant: bool = True
+    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    skip_modules: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PeftSection:
+    """What is trained.
+
+    Args:
+        method: "lora", or "none" for all weights of the model.
+        lora: the adapter; None when ``method`` is "none".
+    """
+
+    method: Literal["lora", "none"] = "lora"
+    lora: LoraConfig | None = None
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """The JSONL files and how rows become tokens.
+
+    Args:
+        train: rows to train on.
+        eval: held-out rows for the evaluation loss, which is measured every epoch unless ``train`` says otherwise.
+        max_length: tokens a row may have; a longer row loses the start of its prompt, never of its answer.
+        on_bad_row: "error" stops at rows that cannot be used, "skip" leaves them out and counts them.
+    """
+
+    train: Path
+    eval: Path | None = None
+    max_length: int = 1024
+    on_bad_row: Literal["error", "skip"] = "error"
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    """How long and how fast.
+
+    Args:
+        args: the trainer's arguments.
+        resume: continue from the newest checkpoint in ``args.output_dir``, where there is one.
+        overwrite: replace an earlier run in ``args.output_dir``.
+    """
+
+    args: SFTConfig
+    resume: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: the sections, and the settings they were read from."""
+
+    model: ModelConfig
+    peft: PeftSection
+    data: DataSection
+    train: TrainSection
+    settings: Settings
+
+    @property
+    def output_dir(self) -> Path:
+        """The run folder."""
+        return Path(str(self.train.args.output_dir))
+
+    def to_yaml(self) -> str:
+        """The settings with defaults, references and paths filled in: the run folder's ``config.yaml``."""
+        sections = {name: dict(self.settings.values.get(name) or {}) for name in ("model", "peft", "data", "train")}
+        data = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.data).items()}
+        sections["model"] = vars(self.model)
+        sections["peft"] = {"method": self.peft.method, **sections["peft"]}
+        sections["data"] = {key: value for key, value in data.items() if value is not None}
+        sections["train"]["output_dir"] = str(self.output_dir)
+        return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=120)
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read and check the YAML of a run.
+
+    Args:
+        path: the file. Paths in it are taken from the current folder, else from the file's.
+        overrides: ``"a.b=c"``, applied in their order.
+    Returns:
+        The checked configuration. Nothing is written and no model is opened.
+    Raises:
+        UserError: unknown keys, values of the wrong type or range, missing keys, data files that do not exist.
+    """
+    settings = read_settings(path, overrides)
+    lora_hints = _hints(LoraConfig)
+    args_hints = {
+        key: hint for key, hint in _hints(SFTConfig).items() if key not in {*_hints(DataSection), *_NO_TRAIN_KEYS}
+    }
+    tables = {
+        "model": _hints(ModelConfig),
+        "peft": {"method": _hints(PeftSection)["method"], **lora_hints},
+        "data": _hints(DataSection),
+        "train": {"resume": bool, "overwrite": bool, **args_hints},
+    }
+    top = {"": dict.fromkeys(tables)}
+    problems = [
+        f"{settings.origin(name)}: unknown key {name!r} at the top level{_suggestion(name, top)}"
+        for name in settings.values
+        if name not in tables
+    ]
+    model, peft, data, train = (_read_section(settings, name, tables, problems) for name in tables)
+    for name, values, key, example in (
+        ("model", model, "path", "a model folder or hub id"),
+        ("data", data, "train", "a JSONL file"),
+        ("train", train, "output_dir", "a folder for the run, such as runs/first"),
+    ):
+        if values.get(key) is None and key not in (settings.values.get(name) or {}):
+            problems.append(f"{settings.origin(name)}: {name}.{key} is missing; give it {example}")
+    _resolve_paths(settings, model, data, problems)
+    if problems:
+        raise UserError("\n".join(problems))
+
+    method = peft.pop("method", "lora")
+    lora = _lora_config(settings, peft)
+    model_config = ModelConfig(**model)
+    if method == "none" and model_config.quantize != "none":
+        raise UserError(
+            f"{settings.origin('peft', 'method')}: peft.method none trains all weights, and model.quantize "
+            f"{model_config.quantize} freezes them; use peft.method lora or model.quantize none"
+        )
+    resume, overwrite = train.pop("resume", False), train.pop("overwrite", False)
+    data_section = DataSection(**data)
+    if data_section.eval is not None:
+        train.setdefault("eval_strategy", "steps" if "eval_steps" in train else "epoch")
+    args = _sft_config(settings, train, data_section)
+    if data_section.eval is None and args.eval_strategy != "no":
+        raise UserError(
+            f"{settings.origin('train', 'eval_strategy')}: train.eval_strategy is {train['eval_strategy']!r}, and "
+            "there is nothing to evaluate on; give data.eval a JSONL file"
+        )
+    peft_section = PeftSection(method, lora if method == "lora" else None)
+    return RunConfig(model_config, peft_section, data_section, TrainSection(args, resume, overwrite), settings)
+
+
+def read_model_config(settings: Settings) -> ModelConfig:
+    """Check the ``model`` section alone, as generation needs it: a run's data files may be gone by then.
+
+    Args:
+        settings: of a run folder's ``config.yaml``, or from elsewhere.
+    Raises:
+        UserError: the section has an unknown key, a wrong type or no path.
+    """
+    problems: list[str] = []
+    values = _read_section(settings, "model", {"model": _hints(ModelConfig)}, problems)
+    if "path" not in values and not problems:
+        problems.append(f"{settings.origin('model')}: model.path is missing; give it a model folder or hub id")
+    _resolve_paths(settings, values, {}, problems)
+    if problems:
+        raise UserError("\n".join(problems))
+    return ModelConfig(**values)
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """Type of each field that the constructor of a dataclass takes."""
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+
+
+def _read_section(
+    settings: Settings, section: str, tables: Mapping[str, Mapping[str, Any]], problems: list[str]
+) -> dict[str, Any]:
+    """The section's values, converted to their types; complaints are appended to ``problems``."""
+    given = settings.values.get(section) or {}
+    if not isinstance(given, dict):
+        problems.append(f"{settings.origin(section)}: {section} is {shown(given)}; it takes keys and values")
+        return {}
+    values = {}
+    for key, value in given.items():
+        where = settings.origin(section, key)
+        if key not in tables[section]:
+            own_first = {section: tables[section], **tables}
+            problems.append(f"{where}: unknown key {key!r} in {section}{_suggestion(key, own_first)}")
+            continue
+        try:
+            values[key] = _convert(value, tables[section][key])
+        except TypeError:
+            allowed = _described(tables[section][key])
+            problems.append(f"{where}: {section}.{key} is {shown(value)}; it takes {allowed}{_nearest(value, allowed)}")
+    return values
+
+
+def _suggestion(key: str, tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """What an unknown key was probably meant to be; ``tables`` begins with the section it stands in."""
+    own, *others = tables
+    near = difflib.get_close_matches(key, tables[own], n=1)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    home = next((name for name in others if key in tables[name]), None)
+    if home is not None:
+        return f"; it belongs in {home}"
+    if len(tables[own]) <= _LISTED_KEYS:
+        return f"; the keys are {', '.join(tables[own])}"
+    return ""
+
+
+def _nearest(value: Any, allowed: str) -> str:
+    near = difflib.get_close_matches(value, allowed.split(", "), n=1) if isinstance(value, str) else []
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """``value`` as the type ``hint`` has it; TypeError when it is not of that type."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if kind in (Union, UnionType):
+        for part in parts:
+            try:
+                return _convert(value, part)
+            except TypeError:
+                continue
+    elif kind is Literal:
+        if any(value == part and type(value) is type(part) for part in parts):
+            return value
+    elif kind is list and isinstance(value, list):
+        return [_convert(item, parts[0]) for item in value]
+    elif kind is dict and isinstance(value, dict):
+        return {key: _convert(item, parts[1]) for key, item in value.items()}
+    elif hint is Path and isinstance(value, str):
+        return Path(value)
+    elif hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)  # 1e3 steps
+    elif hint in _PLAIN and isinstance(value, _PLAIN[hint]) and (hint is bool or not isinstance(value, bool)):
+        return value
+    raise TypeError
+
+
+def _described(hint: Any) -> str:
+    """A type in words."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        described = (_described(part) for part in parts)
+        return " or ".join(dict.fromkeys(words for words in described if words))
+    if kind is Literal:
+        return ", ".join(map(str, parts))
+    if kind in (list, dict):
+        return f"{_WORDS[kind]} of {_described(parts[-1])}" if parts[-1] is not Any else _WORDS[kind]
+    return _WORDS.get(hint, "")
+
+
+def _resolve_paths(settings: Settings, model: dict[str, Any], data: dict[str, Any], problems: list[str]) -> None:
+    """Make paths absolute: from the current folder, else from the YAML's; data files have to exist."""
+    folders = [Path.cwd(), Path(settings.name).resolve().parent]
+
+    def found(path: Path) -> Path | None:
+        return next((full for folder in folders if (full := folder / path.expanduser()).exists()), None)
+
+    for key in ("train", "eval"):
+        if isinstance(path := data.get(key), Path):
+            full = found(path)
+            if full is None:
+                beside = f" or beside {settings.name}" if not path.expanduser().is_absolute() else ""
+                here = " in the current folder" if beside else ""
+                problems.append(f"{settings.origin('data', key)}: data.{key}: there is no file {path}{here}{beside}")
+            elif not full.is_file():
+                problems.append(f"{settings.origin('data', key)}: data.{key}: {path} is a folder; give a JSONL file")
+            data[key] = full
+    if isinstance(path := model.get("path"), str) and not path.startswith("package:"):
+        model["path"] = str(found(Path(path)) or path)
+
+
+def _lora_config(settings: Settings, values: dict[str, Any]) -> LoraConfig:
+    try:
+        return LoraConfig(**values)
+    except UserError as error:
+        message = re.sub(r"^LoraConfig:\s*", "", str(error))  # what follows begins with the key
+        key = re.split(r"\W", message, maxsplit=1)[0]
+        raise UserError(f"{settings.origin('peft', key)}: peft.{message}") from error
+
+
+def _sft_config(settings: Settings, values: dict[str, Any], data: DataSection) -> SFTConfig:
+    shared: dict[str, Any] = {"max_length": data.max_length, "on_bad_row": data.on_bad_row}
+    values["output_dir"] = str(Path(values["output_dir"]).expanduser().resolve())
+    try:
+        return SFTConfig(**values, **shared)
+    except (ValueError, ImportError, NotImplementedError) as error:
+        message = re.sub(r"^SFTConfig:\s*", "", str(error))
+        # Ours name the key; those of transformers name the key or begin with the value.
+        texts = {key: value for key, value in values.items() if isinstance(value, str)}
+        by_value = (key for key, value in texts.items() if re.match(rf"'?{re.escape(value)}\b", message))
+        by_name = (key for key in {**shared, **values} if re.search(rf"\b{key}\b", message))
+        key = next(by_value, None) or next(by_name, None)
+        section = "data" if key in shared else "train"
+        where = settings.origin(section, key) if key else settings.origin(section)
+        named = f"{section}.{message}" if key and message.startswith(key) else f"{section}.{key}: {message}"
+        raise UserError(f"{where}: {named if key else f'{section}: {message}'}") from error
