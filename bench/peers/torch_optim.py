@@ -1,0 +1,13 @@
+"""torch.optim.AdamW, fused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+def adamw(params: Sequence[torch.nn.Parameter], **hyper: Any) -> torch.optim.Optimizer:
+    """AdamW with one fused kernel a step; its state has the parameters' dtype."""
+    return torch.optim.AdamW(list(params), fused=True, **hyper)
