@@ -31,7 +31,13 @@ def find_tool(name: str) -> str:
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
+        try:
+            import pybind11
+        except ImportError:
+            raise SystemExit(
+                "fastpeft: building in the current environment needs its tools; run: pip install "
+                "setuptools cmake ninja pybind11 (pip install . without --no-build-isolation brings them itself)"
+            ) from None
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         folder = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
