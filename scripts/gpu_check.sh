@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Is the GPU side healthy? Builds in place, runs the GPU tests and a two-minute benchmark, prints one short table last.
 # Uses the current environment as it is: no network, nothing installed. Logs go to ${OUT:-build/gpu-check}.
+# BENCH="nf4_quant lora" runs these suites of the benchmark only.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -26,7 +27,8 @@ step build env FASTPEFT_CUDA=1 FASTPEFT_CUDA_ARCHS="${FASTPEFT_CUDA_ARCHS:-80;90
 step info "$python" -m fastpeft info
 cat "$logs/info.log"
 step tests "$python" -m pytest -m gpu
-step bench "$python" -m bench --quick --no-save
+# shellcheck disable=SC2086  # BENCH is a list of words
+step bench "$python" -m bench --quick --no-save ${BENCH:-}
 cat "$logs/bench.log"
 printf '\n%s\n' "${table[@]}"
 exit $failed
