@@ -46,6 +46,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<std::uintptr_t, int>(), py::arg("stream") = 0, py::arg("threads") = 1);
   m.def("build_info", &build_info);
   fastpeft::bindings::bind_nf4(m);
+  fastpeft::bindings::bind_nf4_linear(m);
   fastpeft::bindings::bind_dropout(m);
   fastpeft::bindings::bind_adamw(m);
 }

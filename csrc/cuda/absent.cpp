@@ -3,6 +3,7 @@
 #include "fastpeft/adamw.h"
 #include "fastpeft/dropout.h"
 #include "fastpeft/nf4.h"
+#include "fastpeft/nf4_linear.h"
 
 namespace fastpeft::cuda {
 namespace {
@@ -18,6 +19,7 @@ namespace {
 void nf4_quantize(const NF4QuantizeArgs&, const Context&) { refuse("nf4_quantize"); }
 void nf4_quantize_scales(const NF4QuantizeScalesArgs&, const Context&) { refuse("nf4_quantize_scales"); }
 void nf4_dequantize(const NF4DequantizeArgs&, const Context&) { refuse("nf4_dequantize"); }
+void nf4_linear(const NF4LinearArgs&, const Context&) { refuse("nf4_linear"); }
 void dropout(const DropoutArgs&, const Context&) { refuse("dropout"); }
 void adamw(const AdamWArgs&, const Context&) { refuse("adamw"); }
 

@@ -3,7 +3,16 @@
 from fastpeft.ops.adamw import adamw_
 from fastpeft.ops.lora import lora_linear
 from fastpeft.ops.native import build_info
-from fastpeft.ops.nf4 import nf4_dequantize, nf4_linear, nf4_quantize
+from fastpeft.ops.nf4 import nf4_dequantize, nf4_linear, nf4_linear_plan, nf4_quantize
 from fastpeft.ops.nf4_weight import NF4Weight
 
-__all__ = ["NF4Weight", "adamw_", "build_info", "lora_linear", "nf4_dequantize", "nf4_linear", "nf4_quantize"]
+__all__ = [
+    "NF4Weight",
+    "adamw_",
+    "build_info",
+    "lora_linear",
+    "nf4_dequantize",
+    "nf4_linear",
+    "nf4_linear_plan",
+    "nf4_quantize",
+]

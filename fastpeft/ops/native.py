@@ -7,6 +7,7 @@ threads as torch uses (CPU). Reading the raw stream costs 0.3 us where ``torch.c
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,23 @@ def nf4_levels() -> list[float]:
     return levels
 
 
+def nf4_linear_plan(
+    m: int, n: int, k: int, block_size: int, dtype: torch.dtype, aligned: bool, device: torch.device
+) -> tuple[bool, str]:
+    """Whether the native core multiplies by an NF4 weight of these sizes itself, and the reason in words."""
+    plan: tuple[bool, str] = _C.nf4_linear_plan(
+        m, n, k, block_size, dtype_number("nf4_linear", dtype), aligned, *_device_limits(device)
+    )
+    return plan
+
+
+@cache
+def _device_limits(device: torch.device) -> tuple[int, int, int]:
+    found = torch.cuda.get_device_properties(device)
+    smem_bytes: int = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return 10 * found.major + found.minor, found.multi_processor_count, smem_bytes
+
+
 def dtype_number(function: str, dtype: torch.dtype) -> int:
     """Number of a dtype at the native border; ValueError names ``function`` when it has none."""
     if dtype not in _DTYPE_NUMBERS:
@@ -66,15 +84,21 @@ def call(function: str, where: Tensor, *arguments: Any) -> None:
     if where.device.type == "cpu":
         native(False, *arguments, _C.Context(threads=torch.get_num_threads()))
     elif where.device.type == "cuda":
-        index = where.device.index
-        context = _C.Context(stream=torch._C._cuda_getCurrentRawStream(index))
-        if index == torch._C._cuda_getDevice():
-            native(True, *arguments, context)
-        else:
-            with torch.cuda.device(index):
-                native(True, *arguments, context)
+        call_cuda(function, where, True, *arguments)
     else:
         raise ValueError(f"{function}: tensors are on {where.device}; only the CPU and CUDA devices are supported")
+
+
+def call_cuda(function: str, where: Tensor, *arguments: Any) -> None:
+    """Run a native function that only CUDA has; the context is appended to its arguments."""
+    native: Callable[..., None] = getattr(_C, function)
+    index = where.device.index
+    context = _C.Context(stream=torch._C._cuda_getCurrentRawStream(index))
+    if index == torch._C._cuda_getDevice():
+        native(*arguments, context)
+    else:
+        with torch.cuda.device(index):
+            native(*arguments, context)
 
 
 def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:

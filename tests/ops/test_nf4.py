@@ -164,6 +164,57 @@ def test_linear_forward_and_backward(
     assert_ratio(x.grad, plain_x.grad, exact_dy @ exact)
 
 
+# name: (n, k); each has something the kernel for few tokens must get right
+FEW_TOKENS = {
+    "aligned": (256, 1024),
+    "one-unit": (16, 64),
+    "rows-end-in-a-unit": (100, 192),
+    "fewer-rows-than-a-unit": (8, 128),
+    "half-an-item-at-the-end": (333, 2112),
+    "many-units-a-block": (14336, 1024),
+    "long-k": (300, 14336),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("double_quant", [True, False], ids=["nested", "plain"])
+@pytest.mark.parametrize("m", [1, 2, 7, 8, 9, 16])
+@pytest.mark.parametrize("shape", FEW_TOKENS.values(), ids=FEW_TOKENS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
+def test_few_tokens(dtype: torch.dtype, shape: tuple[int, int], m: int, double_quant: bool) -> None:
+    n, k = shape
+    w = ops.nf4_quantize((torch.randn(n, k) / k**0.5).to("cuda", dtype), 64, double_quant)
+    x = torch.randn(m, k, device="cuda", dtype=dtype)
+    bias = torch.randn(n, device="cuda", dtype=dtype)
+    assert ops.nf4_linear_plan(x, w).startswith("decode")
+    exact = ops.nf4_dequantize(w, torch.float32).double()
+    plain = torch.nn.functional.linear(x, ops.nf4_dequantize(w, dtype), bias)
+    torch.full((4 * m * n + 1024,), float("nan"), device="cuda", dtype=dtype)  # poisons what is allocated next
+    y = ops.nf4_linear(x, w, bias)
+    assert_ratio(y, plain, x.double() @ exact.t() + bias.double())
+    assert_exact(ops.nf4_linear(x, w, bias), y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_size", [64, 128, 4096])
+def test_few_tokens_with_larger_blocks(block_size: int) -> None:
+    """A block may cover several rows; the scale of a row then begins in the middle of a block."""
+    w = ops.nf4_quantize((torch.randn(100, 192) / 14).to("cuda", torch.bfloat16), block_size)
+    x = torch.randn(5, 192, device="cuda", dtype=torch.bfloat16)
+    assert ops.nf4_linear_plan(x, w).startswith("decode")
+    exact, plain = ops.nf4_dequantize(w, torch.float32).double(), x @ ops.nf4_dequantize(w).t()
+    assert_ratio(ops.nf4_linear(x, w), plain, x.double() @ exact.t())
+
+
+@pytest.mark.gpu
+def test_misaligned_x_takes_the_general_path() -> None:
+    w = ops.nf4_quantize((torch.randn(64, 128) / 11).to("cuda", torch.bfloat16))
+    x = torch.randn(129, device="cuda", dtype=torch.bfloat16)[1:].reshape(1, 128)
+    assert "not aligned" in ops.nf4_linear_plan(x, w)
+    plain = x @ ops.nf4_dequantize(w).t()
+    assert_ratio(ops.nf4_linear(x, w), plain, x.double() @ ops.nf4_dequantize(w, torch.float32).double().t())
+
+
 def test_large_weight_goes_by_slabs_on_the_cpu() -> None:
     """More than one slab of rows, with blocks that straddle rows; slabs once began in the middle of a block."""
     w = ops.nf4_quantize(torch.randn(3000, 1000) / 30, block_size=64)

@@ -3,9 +3,12 @@
 
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
 #include <string>
 
 #include "common/error.h"
+#include "cuda/device_limits.h"
 #include "fastpeft/types.h"
 
 namespace fastpeft::cuda {
@@ -22,7 +25,30 @@ inline void check_cuda(cudaError_t status, const std::string& what, const char* 
 struct Grid {
   unsigned blocks;
   unsigned threads;
+  unsigned smem_bytes = 0;  // dynamic shared memory of a block
 };
+
+inline int device_attribute(cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  FASTPEFT_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+
+// Of the current device; asked of the driver once a device.
+inline DeviceLimits device_limits() {
+  static std::mutex mutex;
+  static std::map<int, DeviceLimits> known;
+  int device = 0;
+  FASTPEFT_CUDA_CHECK(cudaGetDevice(&device));
+  const std::lock_guard lock(mutex);
+  const auto found = known.find(device);
+  if (found != known.end()) return found->second;
+  const DeviceLimits limits{10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                                device_attribute(cudaDevAttrComputeCapabilityMinor, device),
+                            device_attribute(cudaDevAttrMultiProcessorCount, device),
+                            device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
+  return known.emplace(device, limits).first->second;
+}
 
 // A grid that covers `work` items at `per_block` items a block; kernels step by the grid when it is cut at `limit`.
 inline Grid cover(int64_t work, int64_t per_block, unsigned threads, int64_t limit = 1 << 30) {
@@ -35,8 +61,14 @@ template <typename What, typename... Parameters, typename... Arguments>
 void launch(const What& what, void (*kernel)(Parameters...), Grid grid, const Context& context,
             const Arguments&... arguments) {
   if (grid.blocks == 0) return;
-  kernel<<<grid.blocks, grid.threads, 0, reinterpret_cast<cudaStream_t>(context.stream)>>>(arguments...);
-  const cudaError_t status = cudaGetLastError();
+  cudaError_t status = cudaSuccess;
+  if (grid.smem_bytes > 48 * 1024) {  // more than that must be asked for; the call costs less than a microsecond
+    status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.smem_bytes));
+    if (status != cudaSuccess) check_cuda(status, what(), __FILE__, __LINE__);
+  }
+  kernel<<<grid.blocks, grid.threads, grid.smem_bytes, reinterpret_cast<cudaStream_t>(context.stream)>>>(arguments...);
+  status = cudaGetLastError();
   if (status != cudaSuccess) check_cuda(status, what(), __FILE__, __LINE__);
 }
 

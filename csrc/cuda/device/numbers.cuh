@@ -33,6 +33,20 @@ __device__ inline Float16 from_float<Float16>(float x) {
   return __float2half_rn(x);
 }
 
+// Two values in one register, the first in the low half.
+template <typename T>
+__device__ uint32_t pack_pair(float first, float second);
+template <>
+__device__ inline uint32_t pack_pair<BFloat16>(float first, float second) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+template <>
+__device__ inline uint32_t pack_pair<Float16>(float first, float second) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
 // kCount elements that move in 16-byte accesses: two for float, one for the 16-bit types.
 template <typename T, int kCount>
 struct alignas(16) Pack {
