@@ -26,14 +26,20 @@ from fastpeft.methods import LoraConfig
 from fastpeft.recipes.yaml_file import Settings, read_settings, shown
 from fastpeft.trainers import SFTConfig
 
+# First line of a run folder's config.yaml. What lies beside it under a run's names may be replaced by another run.
+RUN_MARK = "# Settings of a fastpeft run, with defaults and paths filled in. This line marks the folder as a run's."
+
 _LISTED_KEYS = 24  # a section with more keys is not listed in a message
 # Fields of TrainingArguments that only transformers' example scripts read.
 _NO_TRAIN_KEYS = ("do_train", "do_eval", "do_predict", "resume_from_checkpoint")
+# Keys of train that say how one start treats the run folder, and are no setting of the run.
+_START_KEYS = ("resume", "overwrite")
 # Types that need no conversion, with what counts as one; a truth value is no number, whatever Python says.
 _PLAIN: dict[Any, Any] = {
     **{kind: kind for kind in (bool, int, str, list, dict, type(None))},
     float: (int, float),
 }
+_RUN_FOLDER = "a folder for the run, such as runs/first"
 _WORDS: dict[Any, str] = {
     bool: "true or false",
     int: "a whole number",
@@ -131,14 +137,19 @@ class RunConfig:
         return Path(str(self.train.args.output_dir))
 
     def to_yaml(self) -> str:
-        """The settings with defaults, references and paths filled in: the run folder's ``config.yaml``."""
+        """The settings with defaults, references and paths filled in: the run folder's ``config.yaml``.
+
+        ``train.resume`` and ``train.overwrite`` are left out: they are about one start, and rerunning the file must
+        not erase a run.
+        """
         sections = {name: dict(self.settings.values.get(name) or {}) for name in ("model", "peft", "data", "train")}
         data = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.data).items()}
         sections["model"] = vars(self.model)
         sections["peft"] = {"method": self.peft.method, **sections["peft"]}
         sections["data"] = {key: value for key, value in data.items() if value is not None}
+        sections["train"] = {key: value for key, value in sections["train"].items() if key not in _START_KEYS}
         sections["train"]["output_dir"] = str(self.output_dir)
-        return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=120)
+        return f"{RUN_MARK}\n{yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=120)}"
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -161,11 +172,10 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         "model": _hints(ModelConfig),
         "peft": {"method": _hints(PeftSection)["method"], **lora_hints},
         "data": _hints(DataSection),
-        "train": {"resume": bool, "overwrite": bool, **args_hints},
+        "train": {**dict.fromkeys(_START_KEYS, bool), **args_hints},
     }
-    top = {"": dict.fromkeys(tables)}
     problems = [
-        f"{settings.origin(name)}: unknown key {name!r} at the top level{_suggestion(name, top)}"
+        f"{settings.origin(name)}: unknown key {name!r} at the top level{_section_suggestion(name, tables)}"
         for name in settings.values
         if name not in tables
     ]
@@ -173,11 +183,13 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     for name, values, key, example in (
         ("model", model, "path", "a model folder or hub id"),
         ("data", data, "train", "a JSONL file"),
-        ("train", train, "output_dir", "a folder for the run, such as runs/first"),
+        ("train", train, "output_dir", _RUN_FOLDER),
     ):
         if values.get(key) is None and key not in (settings.values.get(name) or {}):
             problems.append(f"{settings.origin(name)}: {name}.{key} is missing; give it {example}")
     _resolve_paths(settings, model, data, problems)
+    if "output_dir" in train:
+        _resolve_output_dir(settings, train, problems)
     if problems:
         raise UserError("\n".join(problems))
 
@@ -264,6 +276,19 @@ def _suggestion(key: str, tables: Mapping[str, Mapping[str, Any]]) -> str:
     return ""
 
 
+def _section_suggestion(key: str, tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """What an unknown key at the top level was probably meant to be: a section's key, or a section."""
+    homes = [name for name in tables if key in tables[name]]
+    sections = difflib.get_close_matches(key, tables, n=1)
+    if not homes and sections:
+        return f"; did you mean {sections[0]!r}?"
+    dotted = {f"{name}.{own}": own for name in tables for own in tables[name]}
+    near = [key] if homes else difflib.get_close_matches(key, dotted.values(), n=1)
+    if near:
+        return f"; did you mean {' or '.join(full for full, own in dotted.items() if own == near[0])}?"
+    return f"; the keys are {', '.join(tables)}"
+
+
 def _nearest(value: Any, allowed: str) -> str:
     near = difflib.get_close_matches(value, allowed.split(", "), n=1) if isinstance(value, str) else []
     return f"; did you mean {near[0]!r}?" if near else ""
@@ -330,6 +355,19 @@ def _resolve_paths(settings: Settings, model: dict[str, Any], data: dict[str, An
         model["path"] = str(found(Path(path)) or path)
 
 
+def _resolve_output_dir(settings: Settings, train: dict[str, Any], problems: list[str]) -> None:
+    """Make the run folder's path absolute; whether it can be made is for the run to find out."""
+    given = train["output_dir"]
+    where = settings.origin("train", "output_dir")
+    if given is None or not given.strip():
+        problems.append(f"{where}: train.output_dir is {'null' if given is None else 'empty'}; give it {_RUN_FOLDER}")
+        return
+    try:
+        train["output_dir"] = str(Path(given).expanduser().resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, the home of nobody, a zero byte
+        problems.append(f"{where}: train.output_dir {given}: it cannot be a folder: {error}")
+
+
 def _lora_config(settings: Settings, values: dict[str, Any]) -> LoraConfig:
     try:
         return LoraConfig(**values)
@@ -341,16 +379,17 @@ def _lora_config(settings: Settings, values: dict[str, Any]) -> LoraConfig:
 
 def _sft_config(settings: Settings, values: dict[str, Any], data: DataSection) -> SFTConfig:
     shared: dict[str, Any] = {"max_length": data.max_length, "on_bad_row": data.on_bad_row}
-    values["output_dir"] = str(Path(values["output_dir"]).expanduser().resolve())
     try:
         return SFTConfig(**values, **shared)
     except (ValueError, ImportError, NotImplementedError) as error:
         message = re.sub(r"^SFTConfig:\s*", "", str(error))
-        # Ours name the key; those of transformers name the key or begin with the value.
+        # Ours begin with the key; those of transformers name the key somewhere or begin with the value.
         texts = {key: value for key, value in values.items() if isinstance(value, str)}
+        first = re.split(r"\W", message, maxsplit=1)[0]
+        own = (key for key in _hints(SFTConfig) if key == first)
         by_value = (key for key, value in texts.items() if re.match(rf"'?{re.escape(value)}\b", message))
         by_name = (key for key in {**shared, **values} if re.search(rf"\b{key}\b", message))
-        key = next(by_value, None) or next(by_name, None)
+        key = next(own, None) or next(by_value, None) or next(by_name, None)
         section = "data" if key in shared else "train"
         where = settings.origin(section, key) if key else settings.origin(section)
         named = f"{section}.{message}" if key and message.startswith(key) else f"{section}.{key}: {message}"

@@ -163,11 +163,20 @@ def list_steps(run_dir: str | Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
+def sealed_steps(run_dir: str | Path) -> list[int]:
+    """Steps whose checkpoint folder `commit` made, ascending; only such folders may be deleted as a run's.
+
+    A ``checkpoint-N`` of another program, or one that is a link to elsewhere, does not count. The files are not
+    compared with the manifest.
+    """
+    return [step for step in list_steps(run_dir) if _is_sealed(checkpoint_path(run_dir, step))]
+
+
 def rotate(run_dir: str | Path, current: int, limit: int | None, keep: Iterable[int] = ()) -> None:
     """Delete the oldest checkpoints beyond a limit.
 
     Steps after the current one belong to a course of training that was given up (a resume from an older checkpoint)
-    and go first; the current one always stays.
+    and go first; the current one always stays. Folders that are not `sealed_steps` are neither counted nor touched.
 
     Args:
         run_dir: the run's ``output_dir``.
@@ -178,10 +187,20 @@ def rotate(run_dir: str | Path, current: int, limit: int | None, keep: Iterable[
     if not limit:
         return
     spared = {current, *keep}
-    steps = list_steps(run_dir)
+    steps = sealed_steps(run_dir)
     by_age = sorted((step for step in steps if step not in spared), key=lambda step: (step <= current, step))
     for step in by_age[: max(0, len(steps) - limit)]:
         shutil.rmtree(checkpoint_path(run_dir, step))
+
+
+def _is_sealed(folder: Path) -> bool:
+    if folder.is_symlink():
+        return False
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and {"format", "resumable", "files"} <= manifest.keys()
 
 
 def _sha256(path: Path) -> str:

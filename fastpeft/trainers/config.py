@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from numbers import Real
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
+from transformers.integrations import integration_utils
+from transformers.trainer_utils import SchedulerType
 
 from fastpeft.errors import UserError
 
@@ -20,6 +26,46 @@ _UNSUPPORTED = {
     "label_smoothing_factor": "leave it out",
     "push_to_hub": "upload the folder after training, with huggingface_hub.upload_folder",
     "use_liger_kernel": "leave it out",
+}
+_SCHEDULES = tuple(kind.value for kind in SchedulerType)
+_SCHEDULES_WITHOUT_KWARGS = ("constant", "constant_with_warmup")  # get_scheduler drops theirs without a word
+_CHOICES = {"optimizer": ("adamw", "torch"), "on_nonfinite": ("skip", "raise"), "lr_scheduler_type": _SCHEDULES}
+
+
+# What a number has to be, in words and as a test.
+_Rule = tuple[str, Callable[[Any], bool]]
+_FROM_0: _Rule = ("0 or more", lambda value: value >= 0)
+_SHARE: _Rule = ("0 or more and less than 1", lambda value: 0 <= value < 1)
+_COUNT: _Rule = ("a whole number of 1 or more", lambda value: value >= 1 and value % 1 == 0)
+_SEED: _Rule = ("a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32 and value % 1 == 0)
+_EVERY: _Rule = ("above 0: a number of steps, or below 1 a share of the run", lambda value: value > 0)
+# None passes, for the options that may be left open; NaN and infinity never do.
+_RULES: dict[str, _Rule] = {
+    "adam_beta1": _SHARE,
+    "adam_beta2": _SHARE,
+    "adam_epsilon": _FROM_0,
+    "data_seed": _SEED,
+    "dataloader_num_workers": ("a whole number of 0 or more", lambda value: value >= 0 and value % 1 == 0),
+    "dataloader_prefetch_factor": _COUNT,
+    "eval_accumulation_steps": _COUNT,
+    "eval_delay": _FROM_0,
+    "eval_steps": _EVERY,
+    "gradient_accumulation_steps": _COUNT,
+    "learning_rate": _FROM_0,
+    "logging_steps": _EVERY,
+    "max_grad_norm": _FROM_0,
+    "max_steps": (
+        "a whole number of 1 or more, or -1 to train for num_train_epochs",
+        lambda value: (value >= 1 or value == -1) and value % 1 == 0,
+    ),
+    "neftune_noise_alpha": _FROM_0,
+    "per_device_eval_batch_size": _COUNT,
+    "per_device_train_batch_size": _COUNT,
+    "save_steps": _EVERY,
+    "save_total_limit": ("a whole number of 1 or more, or null to keep every checkpoint", _COUNT[1]),
+    "seed": _SEED,
+    "warmup_steps": _FROM_0,
+    "weight_decay": _FROM_0,
 }
 
 
@@ -62,11 +108,10 @@ class BaseConfig(TrainingArguments):
     progress: bool = field(default=True, metadata={"help": "show progress on the terminal"})
 
     def __post_init__(self) -> None:
-        for name, choices in {"optimizer": ("adamw", "torch"), "on_nonfinite": ("skip", "raise")}.items():
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise UserError(
-                    f"{type(self).__name__}: {name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}"
-                )
+                self._refuse(name, f"it must be one of {', '.join(choices)}{_nearest(getattr(self, name), choices)}")
+        self._check_ranges()
         for name, advice in _UNSUPPORTED.items():
             if getattr(self, name, None):
                 raise UserError(f"{type(self).__name__}: {name} is not in this version; {advice}")
@@ -74,10 +119,56 @@ class BaseConfig(TrainingArguments):
             self.report_to = ["tensorboard"] if find_spec("tensorboard") else []
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise transformers refuses bf16 and pins memory for a GPU that is not there
+        if self.fp16 and self.use_cpu:
+            self._refuse("fp16", "it needs a GPU and would do nothing on a CPU; leave it out, or use bf16")
         self._resolve_checkpointing()
         super().__post_init__()
+        self._check_schedule()
+        self._check_loggers()
         if self.n_gpu > 1:
             self._n_gpu = 1  # one process drives one GPU; torchrun starts several
+
+    def _refuse(self, name: str, reason: str) -> None:
+        """Raise the UserError about an option; it names the option first, which the YAML's messages build on."""
+        value = getattr(self, name)
+        value = value.value if isinstance(value, SchedulerType) else value
+        raise UserError(f"{type(self).__name__}: {name} is {value!r}; {reason}")
+
+    def _check_ranges(self) -> None:
+        for name, (words, holds) in _RULES.items():
+            value = getattr(self, name)
+            if value is not None and not (_is_finite(value) and holds(value)):
+                self._refuse(name, f"it must be {words if isinstance(value, Real) else 'a number'}")
+        epochs = self.num_train_epochs
+        if self.max_steps == -1 and not (_is_finite(epochs) and epochs > 0):
+            self._refuse("num_train_epochs", "it must be above 0, or max_steps 1 or more")
+
+    def _check_schedule(self) -> None:
+        """Make the schedule once for a parameter of no use: what it does not take shows now and not at step 1."""
+        kind, kwargs = SchedulerType(self.lr_scheduler_type).value, self.lr_scheduler_kwargs
+        if kwargs and kind in _SCHEDULES_WITHOUT_KWARGS:
+            self._refuse("lr_scheduler_kwargs", f"the schedule {kind!r} takes none")
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=self.learning_rate)
+        try:
+            schedule = get_scheduler(kind, optimizer, 1, 100, scheduler_specific_kwargs=kwargs)
+            for factor in getattr(schedule, "lr_lambdas", ()):
+                factor(50)  # past the warm-up
+        except (TypeError, ValueError) as error:
+            reason = re.sub(r"^.*?\(\) ", "", str(error))  # without the name of transformers' function
+            if kwargs:
+                self._refuse("lr_scheduler_kwargs", f"the schedule {kind!r} cannot be made with it: {reason}")
+            self._refuse("lr_scheduler_type", f"it needs fitting lr_scheduler_kwargs: {reason}")
+
+    def _check_loggers(self) -> None:
+        known = integration_utils.INTEGRATION_TO_CALLBACK
+        installed = integration_utils.get_available_reporting_integrations()
+        for name in self.report_to:
+            if name not in known:
+                self._refuse(
+                    "report_to", f"it takes none, all, or some of {', '.join(sorted(known))}{_nearest(name, known)}"
+                )
+            if name not in installed and name != "flyte":  # flyte alone is left out of transformers' list
+                self._refuse("report_to", f"the Python package for {name} is not installed; install it, or use none")
 
     def _resolve_checkpointing(self) -> None:
         """Give the option both of its names: transformers 5.2x renamed it and warns about the old one."""
@@ -87,3 +178,12 @@ class BaseConfig(TrainingArguments):
             new, old = f"activation_{name}", f"gradient_{name}"
             if hasattr(self, new) and getattr(self, new) is None:
                 setattr(self, new, getattr(self, old))
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and abs(float(value)) < float("inf")
+
+
+def _nearest(value: Any, choices: Iterable[str]) -> str:
+    near = difflib.get_close_matches(value, choices, n=1) if isinstance(value, str) else []
+    return f"; did you mean {near[0]!r}?" if near else ""

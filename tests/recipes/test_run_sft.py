@@ -107,8 +107,8 @@ def test_a_run_is_not_written_over_another(job: Path, capsys: pytest.CaptureFixt
     capsys.readouterr()
     assert run("sft", "job.yaml", "train.max_steps=2") == 2
     assert capsys.readouterr().err == (
-        f"error: train.output_dir {job / 'out'} already holds a run (adapter); continue it with train.resume=true, "
-        "replace it with train.overwrite=true, or name another folder\n"
+        f"error: job.yaml:13: train.output_dir {job / 'out'} already holds a run (adapter, metrics.jsonl); replace it "
+        "with train.overwrite=true, or name another folder\n"
     )
     assert (job / "out" / "config.yaml").read_text() == before
     assert run("sft", "job.yaml", "train.max_steps=2", "train.overwrite=true") == 0
@@ -182,6 +182,32 @@ def test_a_mistake_gets_one_message_and_leaves_nothing_behind(
     assert error.startswith("error: ") and message in error
     assert "Traceback" not in error and error.count("error:") == 1
     assert sorted(path.name for path in job.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("path: ./absent", "job.yaml:2: model.path: there is no folder ./absent"),
+        ("path: bare", "job.yaml:2: model.path {job}/bare: the folder {job}/bare has no config.json"),
+        ("path: no_weights", "job.yaml:2: model.path {job}/no_weights: the folder {job}/no_weights has no weights"),
+        ("path: good\n  gguf_file: a.gguf", "job.yaml:3: model.gguf_file: there is no a.gguf in {job}/good"),
+        (
+            "path: good\n  quantize: nf4\n  skip_modules: [q_porj]",
+            "job.yaml:4: model.skip_modules names 'q_porj', which matches no module",
+        ),
+    ],
+    ids=["no-folder", "no-model", "no-weights", "no-gguf", "no-such-module"],
+)
+def test_complaints_about_the_model_name_the_line(
+    job: Path, model_folder: Path, capsys: pytest.CaptureFixture[str], written: str, message: str
+):
+    (job / "bare").mkdir()
+    shutil.copytree(model_folder, job / "good")
+    shutil.copytree(model_folder, job / "no_weights", ignore=shutil.ignore_patterns("*.safetensors"))
+    text = (job / "job.yaml").read_text()
+    (job / "job.yaml").write_text(text.replace(f"path: {model_folder}", written))
+    assert run("sft", "job.yaml") == 2
+    assert capsys.readouterr().err.startswith(f"error: {message.format(job=job)}")
 
 
 def test_generate_complaints(job: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]):

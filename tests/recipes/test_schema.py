@@ -127,6 +127,56 @@ def test_an_evaluation_file_is_used(job: Path):
             "  max_length: 2",
             "job.yaml:11: data.max_length is 2; it must be 8 tokens or more",
         ),
+        (
+            "learning_rate: 2e-3",
+            "learning_rate: -1",
+            "job.yaml:15: train.learning_rate is -1; it must be 0 or more",
+        ),
+        (
+            "max_steps: 3",
+            "num_train_epochs: 0",
+            "job.yaml:14: train.num_train_epochs is 0; it must be above 0, or max_steps 1 or more",
+        ),
+        (
+            "max_steps: 3",
+            "lr_scheduler_type: cosin",
+            "job.yaml:14: train.lr_scheduler_type is 'cosin'; it must be one of linear, cosine, cosine_with_restarts, "
+            "polynomial, constant, constant_with_warmup, inverse_sqrt, reduce_lr_on_plateau, cosine_with_min_lr, "
+            "cosine_warmup_with_min_lr, warmup_stable_decay, greedy; did you mean 'cosine'?",
+        ),
+        (
+            "max_steps: 3",
+            "lr_scheduler_kwargs: {num_cyles: 2}",
+            "job.yaml:14: train.lr_scheduler_kwargs is {'num_cyles': 2}; the schedule 'cosine' cannot be made with it: "
+            "got an unexpected keyword argument 'num_cyles'",
+        ),
+        (
+            "report_to: none",
+            "report_to: tensorbord",
+            "job.yaml:19: train.report_to is ['tensorbord']; it takes none, all, or some of azure_ml, clearml, "
+            "codecarbon, comet_ml, dagshub, dvclive, flyte, kubeflow, mlflow, neptune, swanlab, tensorboard, trackio, "
+            "wandb; did you mean 'tensorboard'?",
+        ),
+        (
+            "seed: 7",
+            "fp16: true",
+            "job.yaml:21: train.fp16 is True; it needs a GPU and would do nothing on a CPU; leave it out, or use bf16",
+        ),
+        (
+            "model:",
+            "max_steps: 3\nmodel:",
+            "job.yaml:1: unknown key 'max_steps' at the top level; did you mean train.max_steps?",
+        ),
+        (
+            "model:",
+            "lora_alhpa: 3\nmodel:",
+            "job.yaml:1: unknown key 'lora_alhpa' at the top level; did you mean peft.lora_alpha?",
+        ),
+        (
+            "model:",
+            "zzz: 3\nmodel:",
+            "job.yaml:1: unknown key 'zzz' at the top level; the keys are model, peft, data, train",
+        ),
         ("peft:\n  method: lora\n", "peft:\n", None),
     ],
 )
@@ -151,6 +201,21 @@ def test_all_mistakes_are_told_at_once(job: Path):
         "override 'data.train=absent.jsonl': data.train: there is no file absent.jsonl in the current folder or beside "
         "job.yaml",
     ]
+
+
+def test_an_override_without_its_section(job: Path):
+    with pytest.raises(UserError) as caught:
+        load_config("job.yaml", ["max_steps=100"])
+    assert str(caught.value) == (
+        "override 'max_steps=100': unknown key 'max_steps' at the top level; did you mean train.max_steps?"
+    )
+
+
+def test_how_a_start_treats_the_folder_is_no_setting_of_the_run(job: Path):
+    """The run folder's config.yaml had ``overwrite: true``, and running it again erased the run."""
+    config = load_config("job.yaml", ["train.overwrite=true", "train.resume=true"])
+    assert config.train.resume and config.train.overwrite
+    assert not {"resume", "overwrite"} & yaml.safe_load(config.to_yaml())["train"].keys()
 
 
 def test_a_section_that_is_no_mapping(job: Path):

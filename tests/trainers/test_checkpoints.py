@@ -26,6 +26,7 @@ from fastpeft.trainers.checkpoint import (
     list_steps,
     newest_valid,
     rotate,
+    sealed_steps,
     stage,
     staging_path,
     verify,
@@ -143,6 +144,17 @@ def test_rotation(current: int, limit: int | None, keep: list[int], left: list[i
         write_checkpoint(tmp_path, step)
     rotate(tmp_path, current, limit, keep)
     assert list_steps(tmp_path) == left
+
+
+def test_rotation_leaves_what_it_did_not_make(tmp_path: Path) -> None:
+    """A checkpoint of transformers' own Trainer, or a link, in the same folder was deleted as the oldest."""
+    for step in (3, 4, 5):
+        write_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-2").symlink_to(tmp_path / "checkpoint-3")
+    rotate(tmp_path, 5, 2)
+    assert list_steps(tmp_path) == [1, 4, 5] and (tmp_path / "checkpoint-2").is_symlink()
+    assert sealed_steps(tmp_path) == [4, 5]
 
 
 # State without pickle.
