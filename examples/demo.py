@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from rich.text import Text
 import fastpeft
 from fastpeft.recipes import RunConfig, load_config, load_model, plot_run
 from fastpeft.recipes.plot import can_plot
+from fastpeft.recipes.run_folder import BeginRunFolder, check_run_folder
 
 HERE = Path(__file__).parent
 SHOWN = 2  # e-mails whose answers are shown, one of a known wording and one of an unseen
@@ -61,17 +61,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--test", type=Path, default=HERE / "data" / "orders_test.jsonl", help="held-out rows")
     parser.add_argument("--steps", type=int, help="training steps, instead of the YAML's")
     parser.add_argument("--rows", type=int, help="score only so many held-out rows")
-    parser.add_argument("--out", help="run folder, instead of the YAML's; an earlier run in it is replaced")
+    parser.add_argument("--out", default="runs/demo", help="run folder; an earlier run in it is replaced")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any setting of the YAML")
     return parser.parse_intermixed_args(arguments)
 
 
 def read_config(options: argparse.Namespace) -> RunConfig:
-    overrides = list(options.overrides)
+    overrides = [*options.overrides, f"train.output_dir={options.out}", "train.overwrite=true"]
     if options.steps is not None:
         overrides.append(f"train.max_steps={options.steps}")
-    if options.out is not None:
-        overrides.append(f"train.output_dir={options.out}")
     config = load_config(options.config, overrides)
     if config.peft.lora is None:
         raise fastpeft.UserError("demo: it trains a LoRA adapter; peft.method has to be lora")
@@ -105,21 +103,10 @@ def size_of(model: torch.nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
-def make_room(folder: Path) -> None:
-    """Empty the run folder of an earlier run."""
-    for path in [*folder.glob("checkpoint-*"), folder / "adapter"]:
-        shutil.rmtree(path, ignore_errors=True)
-    for name in ("metrics.jsonl", "loss.png", "demo.json"):
-        (folder / name).unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-
-
 def train(
     model: torch.nn.Module, tokenizer: transformers.PreTrainedTokenizerBase, config: RunConfig
 ) -> torch.nn.Module:
     """Put an adapter on the model, train it, and fill the run folder as ``fastpeft sft`` does."""
-    make_room(config.output_dir)
-    (config.output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     transformers.set_seed(config.train.args.seed)
     model = fastpeft.get_peft_model(model, config.peft.lora)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -130,6 +117,7 @@ def train(
         train_dataset=config.data.train,
         eval_dataset=config.data.eval,
         processing_class=tokenizer,
+        callbacks=[BeginRunFolder(config, resume=False)],
     )
     trainer.train()
     model.save_pretrained(config.output_dir / "adapter")
@@ -138,6 +126,7 @@ def train(
 
 def run(options: argparse.Namespace) -> Path:
     config = read_config(options)
+    check_run_folder(config)
     rows, shown = choose_rows(options.test, options.rows)
     out = config.output_dir
     watch = Stopwatch()

@@ -98,6 +98,16 @@ def test_the_demo_from_end_to_end(demo, model, tokenizer, tmp_path, capsys):
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
+def test_the_demo_replaces_nothing_that_it_did_not_make(demo, tmp_path, capsys):
+    """``--out .`` once deleted every adapter/ and checkpoint-N/ that stood there."""
+    own = tmp_path / "adapter" / "adapter_config.json"
+    own.parent.mkdir()
+    own.write_text("{}")
+    assert demo.main(["--out", str(tmp_path)]) == 2
+    assert "nothing shows that a fastpeft run made it" in capsys.readouterr().err
+    assert own.read_text() == "{}"
+
+
 def test_the_demo_says_what_is_wrong(demo, tmp_path, capsys):
     assert demo.main(["--out", str(tmp_path / "run"), "model.path=package:no_such_package"]) == 2
     assert "no_such_package" in capsys.readouterr().err
