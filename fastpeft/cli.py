@@ -95,8 +95,10 @@ def generate(
     run: Annotated[Path | None, typer.Argument(help="A run folder of 'fastpeft sft'.")] = None,
     model: Annotated[str | None, typer.Option(help="Instead of a run: folder, hub id or package:NAME.")] = None,
     gguf_file: Annotated[str | None, typer.Option(help="With --model: the GGUF file in it.")] = None,
-    quantize: Annotated[str, typer.Option(help="With --model: nf4 or none.")] = "none",
-    dtype: Annotated[str, typer.Option(help="With --model: auto, bfloat16, float32 or float16.")] = "auto",
+    quantize: Annotated[str | None, typer.Option(help="With --model: nf4 or none (the default).")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="With --model: auto (the default), bfloat16, float32 or float16.")
+    ] = None,
     adapter: Annotated[Path | None, typer.Option(help="An adapter folder; a run brings its own.")] = None,
     untuned: Annotated[bool, typer.Option("--untuned", help="Answer with the base model alone.")] = False,
     prompt: Annotated[str | None, typer.Option(help="The prompt; without it, prompts come line by line.")] = None,
@@ -117,6 +119,9 @@ def generate(
     from fastpeft.recipes import converse, generate_answers, load_for_generation, read_model_config, read_prompts
     from fastpeft.recipes.yaml_file import Settings
 
+    of_model = {"gguf_file": gguf_file, "quantize": quantize, "dtype": dtype}
+    stated = {name: value for name, value in of_model.items() if value is not None}
+    _refuse_ignored(run, stated, adapter=adapter, untuned=untuned, prompt=prompt, input_file=input_file)
     prompts: list[Prompt] | None = None
     if prompt is not None:
         prompts = [prompt]
@@ -129,8 +134,7 @@ def generate(
 
     base = None
     if model is not None:
-        section = {"path": model, "gguf_file": gguf_file, "quantize": quantize, "dtype": dtype}
-        base = read_model_config(Settings("command line", {"model": section}, {}))
+        base = read_model_config(Settings("command line", {"model": {"path": model, **stated}}, {}))
     loaded, tokenizer = load_for_generation(run, model=base, adapter=adapter, untuned=untuned)
     torch.manual_seed(seed)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "batch_size": batch_size}
@@ -141,6 +145,28 @@ def generate(
     for asked, answer in zip(prompts, generate_answers(loaded, tokenizer, prompts, **options), strict=True):
         line = answer if isinstance(asked, str) else json.dumps({**asked, "generated": answer}, ensure_ascii=False)
         print(line, flush=True)
+
+
+def _refuse_ignored(
+    run: Path | None,
+    of_model: dict[str, str],
+    *,
+    adapter: Path | None,
+    untuned: bool,
+    prompt: str | None,
+    input_file: Path | None,
+) -> None:
+    """Raise UserError for options of ``generate`` of which one would silently take no effect."""
+    if run is not None and of_model:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in of_model)
+        raise UserError(
+            f"generate: {options} cannot go with a run, whose config.yaml says how its model is loaded; leave it out, "
+            "or give --model and --adapter in place of the run"
+        )
+    if adapter is not None and untuned:
+        raise UserError("generate: --adapter and --untuned exclude each other; give one of them")
+    if prompt is not None and input_file is not None:
+        raise UserError("generate: --prompt and --input exclude each other; give one of them")
 
 
 @app.command()

@@ -27,6 +27,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 _PAIRS = (("input", "output"), ("prompt", "completion"))
 _FORMS: tuple[tuple[str, ...], ...] = (("messages",), *_PAIRS)
 _FORMS_IN_WORDS = "'input' and 'output', 'prompt' and 'completion', or 'messages'"
+_PROMPT_KEYS = ("input", "prompt", "messages")
+_PROMPTS_IN_WORDS = "'input', 'prompt' or 'messages'"
 _SHOWN_COMPLAINTS = 10
 _NEAR = 0.6  # difflib's ratio from which a name counts as a misspelling of another
 _JSON_TYPES = {
@@ -146,8 +148,61 @@ def read_records(
     return found
 
 
-def describe_complaints(name: str, complaints: Sequence[str], good: int) -> str:
-    """One message for several bad rows: how many, then the first ten, one a line."""
+def read_prompt_rows(path: str | Path) -> list[Mapping[str, Any]]:
+    """Read a JSON Lines file of rows to generate from: rows as in training, whose answers may be absent.
+
+    Args:
+        path: UTF-8 file, one JSON object a line; blank lines are passed over.
+    Returns:
+        The rows as they stand, with whatever other keys they have.
+    Raises:
+        UserError: the file cannot be read, or a row holds no prompt; the message names the file and the line.
+    """
+    path = Path(path).expanduser()
+    rows: list[Mapping[str, Any]] = []
+    complaints = []
+    for where, row in _rows_of_file(path, str(path), for_prompt=True):
+        try:
+            if isinstance(row, RowError):
+                raise row
+            parse_row(row, where, for_prompt=True)
+            rows.append(row)
+        except RowError as complaint:
+            complaints.append(f"{where}: {complaint}")
+    if complaints:
+        raise UserError(describe_complaints(str(path), complaints, len(rows), may_skip=False))
+    return rows
+
+
+def read_text_lines(path: str | Path) -> list[str]:
+    """Read the lines of a UTF-8 text file that are not blank, without surrounding white space.
+
+    Args:
+        path: the file; a byte order mark is passed over.
+    Raises:
+        UserError: the file cannot be read, or a line is not UTF-8.
+    """
+    path = Path(path).expanduser()
+    lines = []
+    for number, line in _lines_of_file(path):
+        try:
+            lines.append(_decode(line).strip())
+        except RowError as complaint:
+            raise UserError(f"{path}:{number}: {complaint}") from None
+    return lines
+
+
+def describe_complaints(name: str, complaints: Sequence[str], good: int, *, may_skip: bool = True) -> str:
+    """One message for several bad rows: how many, then the first ten, one a line.
+
+    Args:
+        name: what they are the rows of.
+        complaints: one for each bad row.
+        good: how many rows are as they should be.
+        may_skip: whether ``on_bad_row: skip`` is there to be advised.
+    """
+    if len(complaints) == 1 and not may_skip:
+        return complaints[0]
     if len(complaints) == 1 and good:
         return f"{complaints[0]} (one bad row; on_bad_row: skip leaves it out)"
     lines = [
@@ -156,7 +211,7 @@ def describe_complaints(name: str, complaints: Sequence[str], good: int) -> str:
     ]
     if len(complaints) > _SHOWN_COMPLAINTS:
         lines.append(f"... and {len(complaints) - _SHOWN_COMPLAINTS} more")
-    if good:
+    if good and may_skip:
         lines.append("Mend them, or leave them out with on_bad_row: skip.")
     return "\n".join(lines)
 
@@ -172,7 +227,7 @@ def parse_row(row: Mapping[str, Any], where: str, *, for_prompt: bool = False) -
         RowError: the row is not of a known form, or a value is not what its key asks for.
     """
     if not isinstance(row, Mapping):
-        raise RowError(f"a row is {_json_type(row)}; it must be an object with keys {_FORMS_IN_WORDS}")
+        raise RowError(f"a row is {_json_type(row)}; it must be an object with {_needed_keys(for_prompt)}")
     form = _recognise(row, for_prompt)
     if form == ("messages",):
         return Record(_parse_messages(row["messages"], for_prompt), where)
@@ -196,11 +251,15 @@ def _recognise(row: Mapping[str, Any], for_prompt: bool) -> tuple[str, ...]:
         raise RowError(f"the row has {keys}; keep the keys of one form, so that it is clear what to train on")
     found = [str(key) for key in row]
     if not found:
-        raise RowError(f"the object is empty; it needs the keys {_FORMS_IN_WORDS}")
+        raise RowError(f"the object is empty; it needs {_needed_keys(for_prompt)}")
+    listed = ", ".join(map(repr, found[:8])) + (", ..." if len(found) > 8 else "")
+    if for_prompt:
+        hints = [f"{key!r} where it says {there!r}" for key, there in _near_names(_PROMPT_KEYS, found).items()]
+        hint = f"; did you mean {' or '.join(hints)}?" if hints else ""
+        raise RowError(f"no key {_PROMPTS_IN_WORDS}; found {listed}{hint}")
     near = {form: _near_names(form, found) for form in _FORMS}
     form = max(_FORMS, key=lambda form: (sum(key in row for key in form), len(near[form])))
     present = any(key in row for key in form)
-    listed = ", ".join(map(repr, found[:8])) + (", ..." if len(found) > 8 else "")
     if not present and not near[form]:
         raise RowError(f"no key of a known form; found {listed}; a row needs the keys {_FORMS_IN_WORDS}")
     missing = [key for key in form if key not in row]
@@ -209,6 +268,10 @@ def _recognise(row: Mapping[str, Any], for_prompt: bool) -> tuple[str, ...]:
         f"no key{'s' if len(missing) > 1 else ''} {' and '.join(map(repr, missing))}; found {listed}"
         + (f"; did you mean {' and '.join(hints)}?" if hints else f"; a row needs the keys {_FORMS_IN_WORDS}")
     )
+
+
+def _needed_keys(for_prompt: bool) -> str:
+    return f"one of the keys {_PROMPTS_IN_WORDS}" if for_prompt else f"the keys {_FORMS_IN_WORDS}"
 
 
 def _near_names(wanted: Sequence[str], found: Sequence[str]) -> dict[str, str]:
@@ -273,19 +336,29 @@ def _json_type(value: object) -> str:
     return _JSON_TYPES.get(type(value), f"a {type(value).__name__}")
 
 
-def _rows_of_file(path: Path, name: str) -> Iterator[tuple[str, Mapping[str, Any] | RowError]]:
+def _rows_of_file(
+    path: Path, name: str, for_prompt: bool = False
+) -> Iterator[tuple[str, Mapping[str, Any] | RowError]]:
     """Each non-blank line's place with its object or the complaint about it."""
+    for number, line in _lines_of_file(path):
+        if number == 1:
+            _check_one_object_a_line(line, path)
+        try:
+            yield f"{name}:{number}", _parse_line(line, for_prompt)
+        except RowError as complaint:
+            yield f"{name}:{number}", complaint
+
+
+def _lines_of_file(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The numbers and the bytes of the lines that are not blank, without a byte order mark."""
     _check_file(path)
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if number == 1:
                 _check_magic(line, path)
                 line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.isspace() and line:
-                try:
-                    yield f"{name}:{number}", _decode_line(line)
-                except RowError as complaint:
-                    yield f"{name}:{number}", complaint
+            if line and not line.isspace():
+                yield number, line
 
 
 def _check_file(path: Path) -> None:
@@ -317,20 +390,28 @@ def _check_magic(head: bytes, path: Path) -> None:
         raise UserError(f"{path} is a Parquet file; convert it to JSON Lines first")
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise UserError(f"{path} is UTF-16 text; save it as UTF-8")
-    first = head.removeprefix(b"\xef\xbb\xbf").strip()
+
+
+def _check_one_object_a_line(line: bytes, path: Path) -> None:
+    """Refuse the JSON that is not JSON Lines by its first line."""
+    first = line.strip()
     if first == b"{":
         raise UserError(f"{path}: its first object goes over several lines; JSON Lines has one object a line")
     if first[:1] == b"[":
         raise UserError(f"{path} begins with '[', a JSON list; JSON Lines has one object a line and no list around")
 
 
-def _decode_line(line: bytes) -> Mapping[str, Any]:
+def _decode(line: bytes) -> str:
     try:
-        text = line.rstrip(b"\r\n").decode()
+        return line.rstrip(b"\r\n").decode()
     except UnicodeDecodeError as error:
         raise RowError(
             f"byte 0x{line[error.start]:02x} at position {error.start + 1} is not UTF-8; save the file as UTF-8"
         ) from None
+
+
+def _parse_line(line: bytes, for_prompt: bool) -> Mapping[str, Any]:
+    text = _decode(line)
     try:
         row = json.loads(text, object_pairs_hook=_no_duplicates)
     except json.JSONDecodeError as error:
@@ -339,7 +420,7 @@ def _decode_line(line: bytes) -> Mapping[str, Any]:
     except (ValueError, RecursionError) as error:
         raise RowError(f"not valid JSON: {_lower_first(str(error))}") from None
     if not isinstance(row, dict):
-        raise RowError(f"the line is {_json_type(row)}; it must be an object with keys {_FORMS_IN_WORDS}")
+        raise RowError(f"the line is {_json_type(row)}; it must be an object with {_needed_keys(for_prompt)}")
     return row
 
 

@@ -128,7 +128,10 @@ def read_config(path: str | os.PathLike[str]) -> LoraConfig:
         if inside:
             advice = f"there are adapters in its subfolders {', '.join(inside)}; give one of these"
         elif (folder / "config.json").is_file():
-            advice = "it holds a whole model, which AutoModelForCausalLM.from_pretrained loads"
+            advice = (
+                "it holds a whole model; give it as the model (model.path; in Python: "
+                "AutoModelForCausalLM.from_pretrained)"
+            )
         else:
             advice = f"it holds {_content(folder)}"
         raise UserError(f"adapter '{folder}': no {CONFIG_NAME} in this folder; {advice}")
@@ -219,7 +222,7 @@ def _check_values(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _advice(file: AdapterFile, report: LoadReport, places: Mapping[str, Tensor]) -> str:
     """How to go on, by the most telling difference."""
-    skip = "strict=False loads what fits and reports the rest"
+    skip = "(In Python: strict=False loads what fits and reports the rest.)"
     foreign = [key for key in report.unexpected if not key.startswith(KEY_PREFIX)]
     if foreign and any(KEY_PREFIX + key in places for key in foreign):
         return (
@@ -269,7 +272,10 @@ def _written_whole(path: Path) -> Iterator[Path]:
     """Give a path to write to, which takes the place of ``path`` only once it is on the disk."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # what the umask leaves
         yield partial
+        partial.chmod(mode)  # safetensors puts a file of its own there, which only its owner may read
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         partial.replace(path)

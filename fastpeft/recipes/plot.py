@@ -39,19 +39,22 @@ def read_curves(run_dir: str | Path) -> Curves:
     Returns:
         Its curves. A step logged twice (training was resumed before it) counts as it was logged last.
     Raises:
-        UserError: there is no metrics file, a line of it is not JSON, or no loss was logged yet.
+        UserError: there is no metrics file, it cannot be read, a line of it is not JSON, or no loss was logged yet.
     """
     path = Path(run_dir)
     file = path / METRICS_FILE if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"plot: {path} is not a run folder: there is no {METRICS_FILE} in it")
     curves = Curves(file.resolve().parent.name)
-    lines = file.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"plot: {file} cannot be read as UTF-8 text: {error}") from error
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             step = int(row["step"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:  # the last for a step of Infinity
             if number == len(lines):
                 break  # a run that is being written, or was killed while it wrote
             raise UserError(f"{file}:{number}: not a line of metrics (a JSON object with 'step'): {error}") from error
@@ -72,7 +75,7 @@ def plot_run(run_dirs: str | Path | Sequence[str | Path], out: str | Path | None
     Returns:
         The picture's file.
     Raises:
-        UserError: matplotlib is not installed, or a folder holds no metrics.
+        UserError: matplotlib is not installed, a folder holds no metrics, or the picture cannot be written.
     """
     folders = [run_dirs] if isinstance(run_dirs, (str, Path)) else list(run_dirs)
     if not folders:
@@ -85,6 +88,8 @@ def plot_run(run_dirs: str | Path | Sequence[str | Path], out: str | Path | None
         if len(folders) == 1 and Path(folders[0]).is_file():
             out = Path(folders[0]).with_name(PLOT_FILE)
     out = Path(out)
+    if out.is_dir():
+        raise UserError(f"plot: {out} is a folder; name the picture's file, such as {out / PLOT_FILE}")
     if not out.parent.is_dir():
         raise UserError(f"plot: there is no folder {out.parent} to write {out.name} to")
     if out.suffix.lower() not in _FORMATS:
@@ -118,7 +123,10 @@ def plot_run(run_dirs: str | Path | Sequence[str | Path], out: str | Path | None
     for panel in (loss_panel, rate_panel):
         panel.grid(alpha=0.3)
         panel.set_ylim(bottom=0)
-    figure.savefig(out, dpi=120)
+    try:
+        figure.savefig(out, dpi=120)
+    except OSError as error:
+        raise UserError(f"plot: {out} cannot be written: {error.strerror or error}") from error
     return out
 
 

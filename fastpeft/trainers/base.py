@@ -5,7 +5,8 @@ What changes:
 - a step with a NaN or infinite loss or gradient never reaches the optimizer, and the loss is reported as it is;
 - checkpoints are whole or absent, hold no pickle, and a broken one makes way for an older one (`checkpoint`, `state`);
 - metrics are summed on the device and read when they are logged (`metrics`);
-- SIGTERM ends with a checkpoint (`preemption`); progress is one line (`progress`).
+- the last step is always logged, and SIGTERM and Ctrl-C end with a checkpoint (`preemption`);
+- progress is one line (`progress`), and a schedule that would teach nothing is told of.
 
 One wait for the device per optimizer step is left: whether the step is finite must be known before the optimizer runs.
 
@@ -15,14 +16,17 @@ The methods whose names begin with an underscore are transformers' own, overridd
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import ExportableState
 
@@ -31,8 +35,8 @@ from fastpeft.optim import AdamW
 from fastpeft.trainers import checkpoint
 from fastpeft.trainers.checks import check_model, check_transformers
 from fastpeft.trainers.config import BaseConfig
-from fastpeft.trainers.metrics import Meter, MetricsFile, Stopwatch, memory_bytes
-from fastpeft.trainers.preemption import EXIT_CODE, StopOnSigterm
+from fastpeft.trainers.metrics import LogLastStep, Meter, MetricsFile, Stopwatch, memory_bytes
+from fastpeft.trainers.preemption import StopOnSignal
 from fastpeft.trainers.progress import ProgressLine
 from fastpeft.trainers.state import capture_rng, load_state, restore_rng, save_state
 from fastpeft.trainers.weights import load_weights, save_weights
@@ -106,10 +110,11 @@ class BaseTrainer(Trainer):
         self._skipped_in_a_row = 0
         self._step_loss: Tensor | None = None
         self._stopwatch: Stopwatch | None = None
-        self._sigterm = StopOnSigterm()
+        self._stop_signal = StopOnSignal()
         self._progress = ProgressLine()
         self.remove_callback(PrinterCallback)
-        self.add_callback(self._sigterm)
+        self.add_callback(self._stop_signal)
+        self.add_callback(LogLastStep())
         self.add_callback(MetricsFile())
         if args.progress:
             self.add_callback(self._progress)
@@ -139,6 +144,7 @@ class BaseTrainer(Trainer):
         Raises:
             UserError: there is no checkpoint to resume from, or the one named is broken.
             SystemExit: SIGTERM came; the checkpoint is saved and the code is 143.
+            KeyboardInterrupt: Ctrl-C (SIGINT) came; the checkpoint is saved.
         """
         folder: str | None = None
         if resume_from_checkpoint is True:
@@ -154,10 +160,56 @@ class BaseTrainer(Trainer):
             result = super().train(folder, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
         finally:
             self._progress.close()
-            self._sigterm.close()
-        if self._sigterm.received:
-            raise SystemExit(EXIT_CODE)
+            self._stop_signal.close()
+        if self._stop_signal.received:
+            self._leave(self._stop_signal.received)
         return result
+
+    def _leave(self, received: signal.Signals) -> NoReturn:
+        """Say how to go on, and end as the signal would have: a script that is interrupted has to stop."""
+        step = self.state.global_step
+        folder = checkpoint.checkpoint_path(self.args.output_dir, step)
+        if self._stop_signal.saved_step != step:  # the signal came while the run was being wrapped up
+            told = "after the last step, of which there is no checkpoint"
+        elif self.args.save_only_model:
+            told = f"after step {step}; {folder} holds the weights alone (save_only_model)"
+        else:
+            told = (
+                f"after step {step}; saved {folder}; to go on from there, run again with train.resume=true "
+                "(in Python: trainer.train(resume_from_checkpoint=True))"
+            )
+        logger.warning("%s: stopped %s", received.name, told)
+        if received == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + received)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Make the learning rate's schedule; a fraction of warm-up never takes up a short run as a whole.
+
+        transformers rounds the fraction up, and the first step of a warm-up has a learning rate of 0: with the default
+        of 3%, the only step of a one-step run would change nothing.
+
+        Args:
+            num_training_steps: steps of the whole run.
+            optimizer: as in transformers.
+        Returns:
+            The scheduler.
+        """
+        args = self.args
+        if 0 < args.warmup_steps < 1 and args.get_warmup_steps(num_training_steps) >= num_training_steps:
+            self.args = copy.copy(args)
+            self.args.warmup_steps = num_training_steps - 1
+        try:
+            scheduler = super().create_scheduler(num_training_steps, optimizer)
+        finally:
+            self.args = args
+        if args.process_index == 0 and _is_always_zero(scheduler, num_training_steps):
+            logger.warning(
+                "the learning rate is 0 in every step of the run (steps: %d, warmup_steps: %g, learning_rate: %g), so "
+                "nothing will be learnt; lower warmup_steps or train for more steps",
+                *(num_training_steps, args.warmup_steps, args.learning_rate),
+            )
+        return scheduler
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Run forward and backward of one micro-batch."""
@@ -330,3 +382,11 @@ class BaseTrainer(Trainer):
         folder = Path(self.state.best_model_checkpoint)
         checkpoint.verify(folder)
         load_weights(self.model, folder)
+
+
+def _is_always_zero(scheduler: Any, steps: int) -> bool:
+    """Whether a schedule gives every step a learning rate of 0; False where that cannot be told beforehand."""
+    if not isinstance(scheduler, LambdaLR):
+        return False
+    groups = list(zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True))
+    return not any(rate * factor(step) for step in range(steps) for rate, factor in groups)

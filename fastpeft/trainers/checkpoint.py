@@ -134,7 +134,8 @@ def newest_valid(run_dir: str | Path) -> Path:
     steps = list_steps(run_dir)
     if not steps:
         raise UserError(
-            f"resume_from_checkpoint: {run_dir} has no checkpoint-N folder; check output_dir, or start anew without it"
+            f"nothing to resume from: {run_dir} has no checkpoint-N folder; check output_dir, or start anew with "
+            "train.resume=false (in Python: without resume_from_checkpoint)"
         )
     complaints = []
     for step in reversed(steps):
@@ -149,8 +150,8 @@ def newest_valid(run_dir: str | Path) -> Path:
             logger.warning("Falling back to the older checkpoint %s.", folder)
         return folder
     raise UserError(
-        "resume_from_checkpoint: none of the run's checkpoints can be used; start anew without it\n  "
-        + "\n  ".join(complaints)
+        "nothing to resume from: none of the run's checkpoints can be used; start anew with train.resume=false (in "
+        "Python: without resume_from_checkpoint)\n  " + "\n  ".join(complaints)
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -109,6 +110,20 @@ def memory_bytes(device: torch.device) -> int:
     except OSError:  # not Linux: the peak is all there is, in bytes on macOS and in KiB elsewhere
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+class LogLastStep(TrainerCallback):
+    """Log what came since the last log line when a run ends, which may be before ``logging_steps`` have passed."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for a line at the last of all steps, before the evaluation and the checkpoint of that step."""
+        if args.logging_strategy == IntervalStrategy.STEPS and state.global_step >= state.max_steps:
+            control.should_log = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for a line where something else has ended the run; transformers passes over a step that has one."""
+        if args.logging_strategy == IntervalStrategy.STEPS and control.should_training_stop:
+            control.should_log = True
 
 
 class MetricsFile(TrainerCallback):

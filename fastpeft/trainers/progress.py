@@ -67,7 +67,8 @@ class ProgressLine(TrainerCallback):
         self.close()
         if state.is_world_process_zero:
             elapsed = time.perf_counter() - self._start_time
-            self._print(f"{state.global_step - self._start_step} steps in {format_time(elapsed)}")
+            steps = state.global_step - self._start_step
+            self._print(f"{steps} step{'' if steps == 1 else 's'} in {format_time(elapsed)}")
 
     def close(self) -> None:
         """Give the terminal back; also after an error."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastpeft.data import load_records, read_records
-from fastpeft.data.records import Message
+from fastpeft.data.records import Message, read_prompt_rows, read_text_lines
 from fastpeft.errors import UserError
 
 
@@ -224,3 +224,52 @@ def test_a_source_that_is_neither_path_nor_rows(source):
 def test_empty_list():
     with pytest.raises(UserError, match=r"^rows: it is empty"):
         read_records([])
+
+
+def test_prompt_rows_need_no_answer_and_keep_their_other_keys(tmp_path):
+    rows = [{"input": "a", "id": 7}, GOOD, {"messages": [{"role": "user", "content": "b"}]}]
+    assert (
+        read_prompt_rows(write(tmp_path / "p.jsonl", b"\xef\xbb\xbf" + json.dumps(rows[0]).encode(), *rows[1:])) == rows
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (
+            {"inptu": "a"},
+            "no key 'input', 'prompt' or 'messages'; found 'inptu'; did you mean 'input' where it says 'inptu'?",
+        ),
+        ({"text": "a"}, "no key 'input', 'prompt' or 'messages'; found 'text'"),
+        ({}, "the object is empty; it needs one of the keys 'input', 'prompt' or 'messages'"),
+        ("[1]", "the line is a list; it must be an object with one of the keys 'input', 'prompt' or 'messages'"),
+        ({"prompt": 7}, "key 'prompt' is a number (7); it must be a string"),
+    ],
+    ids=["misspelt", "another-key", "empty", "a-list", "a-number"],
+)
+def test_a_bad_prompt_row_is_told_of_prompts_alone(tmp_path, line, words):
+    """A misspelt 'input' in a row to generate from was answered with a demand for 'output', by a function's name."""
+    file = write(tmp_path / "p.jsonl", GOOD, line)
+    with pytest.raises(UserError) as caught:
+        read_prompt_rows(file)
+    assert str(caught.value) == f"{file}:2: {words}"
+
+
+def test_several_bad_prompt_rows_are_listed_without_training_advice(tmp_path):
+    file = write(tmp_path / "p.jsonl", GOOD, {"x": 1}, {"y": 1})
+    with pytest.raises(UserError) as caught:
+        read_prompt_rows(file)
+    first, second, third = str(caught.value).splitlines()
+    assert first == f"{file}: 2 of 3 rows cannot be used"
+    assert second.startswith(f"{file}:2: no key") and third.startswith(f"{file}:3: no key")
+
+
+def test_text_lines(tmp_path):
+    file = write(tmp_path / "p.txt", b"\xef\xbb\xbf[one]", "", "  two\u2028three \r", "{")
+    assert read_text_lines(file) == ["[one]", "two\u2028three", "{"]
+    with pytest.raises(UserError, match=r"p\.txt:2: byte 0xe9 at position 4 is not UTF-8"):
+        read_text_lines(write(file, "good", "caf\u00e9".encode("latin-1")))
+    with pytest.raises(UserError, match=r"p\.txt is UTF-16 text; save it as UTF-8"):
+        read_text_lines(write(file, "good".encode("utf-16")))
+    with pytest.raises(UserError, match=r"x\.txt: no such file"):
+        read_text_lines(tmp_path / "x.txt")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,16 @@ def test_an_interrupted_save_leaves_the_old_files(
     with pytest.raises(OSError, match="no space"):
         get_peft_model(make_llama(), CONFIG).save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_who_may_read_an_adapter_is_the_umasks_matter(make_llama: Make, tmp_path: Path) -> None:
+    """The weights came with mode 0600 beside a configuration with 0644, so that others saw half an adapter."""
+    before = os.umask(0o027)
+    try:
+        get_peft_model(make_llama(), CONFIG).save_pretrained(tmp_path / "adapter")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "adapter").iterdir()} == {0o640}
 
 
 def test_saving_to_a_file_is_refused(make_llama: Make, tmp_path: Path) -> None:
@@ -229,7 +241,7 @@ def other_vocabulary(folder: Path) -> None:
     ("spoil", "message"),
     [
         (missing_config, r"no adapter_config\.json in this folder; it holds adapter_model\.safetensors"),
-        (whole_model, r"it holds a whole model, which AutoModelForCausalLM\.from_pretrained loads"),
+        (whole_model, r"it holds a whole model; give it as the model \(model\.path; in Python: Auto"),
         (in_a_subfolder, "there are adapters in its subfolders second; give one of these"),
         (missing_weights, r"no adapter_model\.safetensors beside adapter_config\.json; the folder holds"),
         (pickle_only, r"adapter_model\.bin, a pickle, which can run code"),
@@ -244,7 +256,10 @@ def other_vocabulary(folder: Path) -> None:
         (no_type, "no key 'peft_type'"),
         (other_type, r"adapter_config\.json: peft_type is 'PREFIX_TUNING'; this version reads and trains 'LORA'"),
         (other_key, r"unknown key 'lora_aplha'; did you mean 'lora_alpha'"),
-        (missing_keys, r"missing in the file \(4\): .*down_proj\.lora_A\.weight(.|\n)*strict=False loads what fits"),
+        (
+            missing_keys,
+            r"missing in the file \(4\): .*down_proj\.lora_A\.weight(.|\n)*\(In Python: strict=False loads what fits",
+        ),
         (extra_keys, r"without a place in the model \(4\): .*down_proj\.lora_A\.weight"),
         (no_prefix, r"the file's keys lack the prefix 'base_model\.model\.': they were saved from the inner model"),
         (other_library, r"without a place in the model \(9\)(.|\n)*another library wrote it"),

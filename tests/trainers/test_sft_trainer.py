@@ -170,6 +170,31 @@ def test_schedule_warms_up_and_decays(make_trainer: MakeTrainer) -> None:
     assert rates[4:] == sorted(rates[4:], reverse=True) and rates[-1] < 0.02
 
 
+@pytest.mark.parametrize(
+    ("steps", "warmup", "rates"),
+    [(1, 0.03, [1.0]), (2, 0.03, [0.0, 1.0]), (3, 0.9, [0.0, 0.5, 1.0]), (2, 2, [0.0, 0.5])],
+)
+def test_a_fraction_of_warm_up_leaves_a_step_to_train(
+    steps: int, warmup: float, rates: list[float], make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With max_steps=1 the default 3% of warm-up was the whole run, whose learning rate was 0 without a word."""
+    trainer = make_trainer(max_steps=steps, warmup_steps=warmup, learning_rate=1.0)
+    trainer.train()
+    assert [line["learning_rate"] for line in trainer.state.log_history if "loss" in line] == rates
+    assert trainer.args.warmup_steps == warmup
+    assert "learning rate is 0" not in caplog.text
+
+
+@pytest.mark.parametrize("options", [{"max_steps": 1, "warmup_steps": 1}, {"max_steps": 3, "learning_rate": 0.0}])
+def test_a_run_that_trains_nothing_is_warned_of(
+    options: dict[str, Any], make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer(**options)
+    trainer.train()
+    assert {line["learning_rate"] for line in trainer.state.log_history if "loss" in line} == {0.0}
+    assert f"the learning rate is 0 in every step of the run (steps: {options['max_steps']}, " in caplog.text
+
+
 # Steps that must not be taken.
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from trainers.tiny import losses_of
 from transformers import TrainerCallback
 
 from fastpeft.trainers import SFTTrainer
@@ -55,6 +56,35 @@ def test_logged_loss_is_the_mean_of_the_steps(make_trainer: MakeTrainer) -> None
     }
     a, b, c, d = losses["each"]
     assert losses["pairs"] == pytest.approx([(a + b) / 2, (c + d) / 2], rel=1e-7)
+
+
+@pytest.mark.parametrize(("logging_steps", "steps"), [(10, [5]), (5, [5]), (2, [2, 4, 5])])
+def test_the_last_step_is_logged_once(logging_steps: int, steps: list[int], make_trainer: MakeTrainer) -> None:
+    """A run shorter than logging_steps, 10 by default, showed no loss and left none to plot."""
+    each = make_trainer(max_steps=5, logging_steps=1)
+    each.train()
+    trainer = make_trainer(max_steps=5, logging_steps=logging_steps)
+    trainer.train()
+    losses = {line["step"]: line["loss"] for line in lines_of(trainer) if "loss" in line}
+    assert list(losses) == steps
+    averaged = losses_of(each)[steps[-2] if len(steps) > 1 else 0 :]
+    assert losses[5] == pytest.approx(sum(averaged) / len(averaged), rel=1e-6)
+
+
+def test_a_run_ended_early_logs_its_last_step(make_trainer: MakeTrainer) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 3
+
+    trainer = make_trainer(max_steps=9, logging_steps=2, callbacks=[Stop()])
+    trainer.train()
+    assert [line["step"] for line in lines_of(trainer) if "loss" in line] == [2, 3]
+
+
+def test_logging_by_epoch_or_not_at_all_stays_so(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(max_steps=3, logging_strategy="no")
+    trainer.train()
+    assert not losses_of(trainer)
 
 
 def test_a_new_run_starts_the_file_anew(make_trainer: MakeTrainer, rows: Any) -> None:
@@ -149,6 +179,12 @@ def test_plain_lines_where_there_is_no_terminal(make_trainer: MakeTrainer, rows:
     assert second == f"step 2/4  eval loss {trainer.state.log_history[1]['eval_loss']:.4f}"
     assert third.startswith("step 4/4") and "eval loss" in third and "left" not in third
     assert fourth.startswith("step 4/4  eval loss") and last.startswith("4 steps in 0:0")
+
+
+def test_one_step_is_not_told_of_in_the_plural(make_trainer: MakeTrainer) -> None:
+    text = io.StringIO()
+    run_with_console(make_trainer, Console(file=text), max_steps=1)
+    assert text.getvalue().splitlines()[-1].startswith("1 step in 0:0")
 
 
 def test_one_live_line_on_a_terminal(make_trainer: MakeTrainer, rows: Any) -> None:
