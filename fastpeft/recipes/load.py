@@ -22,7 +22,7 @@ from fastpeft.recipes.schema import ModelConfig
 from fastpeft.recipes.source import find_source, gguf_path
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def load_model(
@@ -52,17 +52,15 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         UserError: there is none, or it has no token that could pad.
     """
     source, files = find_source(config)
-    try:
-        with _complaints_name(config, source, "its tokenizer"), quiet():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **files)
-    except UserError as error:
-        folder = Path(source)
-        if config.gguf_file or not folder.is_dir() or any((folder / name).exists() for name in _TOKENIZER_FILES):
-            raise
+    folder = Path(source)
+    if config.gguf_file is None and folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        # Some versions of transformers make an empty tokenizer then instead of complaining.
         raise UserError(
             f"model.path {config.path}: no tokenizer in {folder}: copy its files "
             "(tokenizer.json or tokenizer_config.json, and what lies beside them) from where the model came from"
-        ) from error
+        )
+    with _complaints_name(config, source, "its tokenizer"), quiet():
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **files)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise UserError(
