@@ -30,7 +30,6 @@ from fastpeft.recipes.run_folder import (
 )
 from fastpeft.recipes.schema import RunConfig
 from fastpeft.trainers import SFTTrainer
-from fastpeft.trainers.resume import AlreadyTrained, ResumeAsAsked, without_mismatch_warning
 
 
 def run_sft(config: RunConfig, say: Callable[[str], None] | None = None) -> Path:
@@ -83,14 +82,12 @@ def run_sft(config: RunConfig, say: Callable[[str], None] | None = None) -> Path
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=tokenizer,
-            callbacks=[ResumeAsAsked(), BeginRunFolder(config, resume)],
+            callbacks=[BeginRunFolder(config, resume)],
         )
-        finished = _train(trainer, resume)
-    if finished is not None:
-        say(f"{finished}; raise train.{'max_steps' if args.max_steps > 0 else 'num_train_epochs'} to go on")
+        trainer.train(resume_from_checkpoint=resume)
 
     saved = result_folder(config)
-    if is_first and not (finished and saved.exists()):
+    if is_first and not (trainer.nothing_to_do and saved.exists()):
         save_result(model, tokenizer if config.peft.lora is None else None, saved)
         say(f"saved {saved}")
         try:
@@ -117,18 +114,6 @@ def _dataset(config: RunConfig, key: str, tokenizer: transformers.PreTrainedToke
         on_bad_row=config.data.on_bad_row,
         name=str(config.settings.values["data"][key]),
     )
-
-
-def _train(trainer: SFTTrainer, resume: bool) -> AlreadyTrained | None:
-    """Train; if the checkpoint is at the run's last step already, load what the run would end with and say so."""
-    try:
-        with without_mismatch_warning():
-            trainer.train(resume_from_checkpoint=resume)
-    except AlreadyTrained as finished:
-        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
-            trainer._load_best_model()
-        return finished
-    return None
 
 
 @contextmanager

@@ -5,6 +5,7 @@ What changes:
 - a step with a NaN or infinite loss or gradient never reaches the optimizer, and the loss is reported as it is;
 - checkpoints are whole or absent, hold no pickle, and a broken one makes way for an older one (`checkpoint`, `state`);
 - metrics are summed on the device and read when they are logged (`metrics`);
+- a resumed run has the intervals of its options of now, and none of its steps twice (`resume`);
 - the last step is always logged, and SIGTERM and Ctrl-C end with a checkpoint (`preemption`);
 - progress is one line (`progress`), and a schedule that would teach nothing is told of.
 
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import TrainOutput
 
 from fastpeft.errors import UserError
 from fastpeft.optim import AdamW
@@ -38,6 +40,7 @@ from fastpeft.trainers.config import BaseConfig
 from fastpeft.trainers.metrics import LogLastStep, Meter, MetricsFile, Stopwatch, memory_bytes
 from fastpeft.trainers.preemption import StopOnSignal
 from fastpeft.trainers.progress import ProgressLine
+from fastpeft.trainers.resume import AlreadyTrained, ResumeAsAsked, without_mismatch_warning
 from fastpeft.trainers.state import capture_rng, load_state, restore_rng, save_state
 from fastpeft.trainers.weights import load_weights, save_weights
 
@@ -100,12 +103,13 @@ class BaseTrainer(Trainer):
             eval_dataset=self.prepare_dataset(eval_dataset, "eval_dataset"),
             processing_class=processing_class,
             data_collator=data_collator or self.default_collator(),
-            callbacks=None if callbacks is None else list(callbacks),
+            callbacks=[ResumeAsAsked(), *(callbacks or ())],  # first: the others see a state that is settled
             optimizers=optimizers,
             optimizer_cls_and_kwargs=adamw,
         )
         self.model_accepts_loss_kwargs = True  # compute_loss divides by num_items_in_batch itself
         self.meter = Meter(args.device)
+        self.nothing_to_do = False
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
         self._step_loss: Tensor | None = None
@@ -140,7 +144,8 @@ class BaseTrainer(Trainer):
             trial: as in transformers.
             ignore_keys_for_eval: as in transformers.
         Returns:
-            transformers' ``TrainOutput``.
+            transformers' ``TrainOutput``. If the checkpoint is at the run's last step already, its weights are loaded,
+            a warning says so, and `nothing_to_do` is true afterwards.
         Raises:
             UserError: there is no checkpoint to resume from, or the one named is broken.
             SystemExit: SIGTERM came; the checkpoint is saved and the code is 143.
@@ -156,14 +161,28 @@ class BaseTrainer(Trainer):
         self.meter.reset()
         self.skipped_steps = self._skipped_in_a_row = 0
         self._step_loss = self._stopwatch = None
+        self.nothing_to_do = False
         try:
-            result = super().train(folder, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+            with without_mismatch_warning():
+                result = super().train(folder, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+        except AlreadyTrained as finished:
+            result = self._end_as_trained(finished)
         finally:
             self._progress.close()
             self._stop_signal.close()
         if self._stop_signal.received:
             self._leave(self._stop_signal.received)
         return result
+
+    def _end_as_trained(self, finished: AlreadyTrained) -> TrainOutput:
+        """Leave the model as the finished run left it."""
+        self.nothing_to_do = True
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        option = "max_steps" if self.args.max_steps > 0 else "num_train_epochs"
+        if self.args.process_index == 0:
+            logger.warning("%s; raise %s to go on", finished, option)
+        return TrainOutput(self.state.global_step, 0.0, {})
 
     def _leave(self, received: signal.Signals) -> NoReturn:
         """Say how to go on, and end as the signal would have: a script that is interrupted has to stop."""

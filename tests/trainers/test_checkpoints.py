@@ -278,6 +278,24 @@ def test_a_run_falls_back_to_the_checkpoint_before(
     verify(run_dir / "checkpoint-8", resumable=True)
 
 
+def test_resuming_takes_the_options_of_now_and_repeats_no_step(
+    make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers went on with the checkpoint's logging_steps, and trained a step too many at the run's end."""
+    first = make_trainer(max_steps=3, save_strategy="steps", save_steps=3, logging_steps=1)
+    first.train()
+    longer = make_trainer(max_steps=9, logging_steps=3)
+    longer.train(resume_from_checkpoint=True)
+    assert [entry["step"] for entry in longer.state.log_history if "loss" in entry] == [1, 2, 3, 6, 9]
+    assert not longer.nothing_to_do
+
+    finished = make_trainer(max_steps=3)
+    assert finished.train(resume_from_checkpoint=True).global_step == 3
+    assert finished.nothing_to_do
+    assert caplog.messages[-1] == "already at step 3 of 3; raise max_steps to go on"
+    assert_equal_weights(weights_of(finished.model), weights_of(first.model))
+
+
 def test_an_explicit_broken_checkpoint_is_an_error(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     with pytest.raises(BrokenCheckpoint, match="there is no such folder"):
         make_trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
