@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "fastpeft/nf4.h"
 #include "fastpeft/types.h"
 
 namespace fastpeft::bindings {
@@ -13,6 +14,13 @@ using Address = std::uintptr_t;
 template <typename T>
 T* at(Address address) {
   return reinterpret_cast<T*>(address);
+}
+
+inline NF4View nf4_view(Address codes, Address absmax, Address nested_absmax, Address nested_map, Address offset,
+                        int64_t numel, int64_t block_size) {
+  return {
+      at<uint8_t>(codes), at<void>(absmax), at<float>(nested_absmax), at<float>(nested_map), at<float>(offset), numel,
+      block_size};
 }
 
 // Runs the CPU or the CUDA version of a function without the GIL.

@@ -35,13 +35,7 @@ void bind_nf4(py::module_& m) {
       [](bool on_cuda, Address codes, Address absmax, Address nested_absmax, Address nested_map, Address offset,
          int64_t numel, int64_t block_size, int64_t begin, int64_t end, Address out, int dtype,
          const Context& context) {
-        const NF4View view{at<uint8_t>(codes),
-                           at<void>(absmax),
-                           at<float>(nested_absmax),
-                           at<float>(nested_map),
-                           at<float>(offset),
-                           numel,
-                           block_size};
+        const NF4View view = nf4_view(codes, absmax, nested_absmax, nested_map, offset, numel, block_size);
         const NF4DequantizeArgs args{view, begin, end, at<void>(out), static_cast<DType>(dtype)};
         run(on_cuda, cpu::nf4_dequantize, cuda::nf4_dequantize, args, context);
       },

@@ -24,13 +24,7 @@ void bind_nf4_linear(py::module_& m) {
       [](Address x, Address codes, Address absmax, Address nested_absmax, Address nested_map, Address offset,
          int64_t block_size, Address bias, Address y, int dtype, int64_t rows, int64_t n, int64_t k,
          const Context& context) {
-        const NF4View view{at<uint8_t>(codes),
-                           at<void>(absmax),
-                           at<float>(nested_absmax),
-                           at<float>(nested_map),
-                           at<float>(offset),
-                           n * k,
-                           block_size};
+        const NF4View view = nf4_view(codes, absmax, nested_absmax, nested_map, offset, n * k, block_size);
         const NF4LinearArgs args{view, at<void>(x), at<void>(bias), at<void>(y), static_cast<DType>(dtype), rows, n, k};
         py::gil_scoped_release unlocked;
         cuda::nf4_linear(args, context);

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastpeft.errors import UserError
+from fastpeft.errors import UserError, did_you_mean
 
 # Keys of adapter_config.json that say nothing about the adapter's mathematics.
 _IGNORED_KEYS = frozenset(
@@ -185,8 +185,7 @@ class LoraConfig:
                 "itself; leave task_type out and name the head in modules_to_save, for example ['score']"
             )
         if self.task_type is not None and self.task_type not in _TASK_TYPES:
-            near = difflib.get_close_matches(self.task_type.upper(), _TASK_TYPES, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
+            hint = did_you_mean(self.task_type.upper(), _TASK_TYPES)
             raise UserError(f"LoraConfig: task_type={self.task_type!r}; must be one of {', '.join(_TASK_TYPES)}{hint}")
 
     def rank_of(self, module_name: str) -> int:

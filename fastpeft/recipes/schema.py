@@ -21,7 +21,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from fastpeft.errors import UserError
+from fastpeft.errors import UserError, did_you_mean
 from fastpeft.methods import LoraConfig
 from fastpeft.recipes.yaml_file import Settings, read_settings, shown
 from fastpeft.trainers import SFTConfig
@@ -258,16 +258,17 @@ def _read_section(
             values[key] = _convert(value, tables[section][key])
         except TypeError:
             allowed = _described(tables[section][key])
-            problems.append(f"{where}: {section}.{key} is {shown(value)}; it takes {allowed}{_nearest(value, allowed)}")
+            nearest = did_you_mean(value, allowed.split(", "))
+            problems.append(f"{where}: {section}.{key} is {shown(value)}; it takes {allowed}{nearest}")
     return values
 
 
 def _suggestion(key: str, tables: Mapping[str, Mapping[str, Any]]) -> str:
     """What an unknown key was probably meant to be; ``tables`` begins with the section it stands in."""
     own, *others = tables
-    near = difflib.get_close_matches(key, tables[own], n=1)
-    if near:
-        return f"; did you mean {near[0]!r}?"
+    nearest = did_you_mean(key, tables[own])
+    if nearest:
+        return nearest
     home = next((name for name in others if key in tables[name]), None)
     if home is not None:
         return f"; it belongs in {home}"
@@ -279,19 +280,14 @@ def _suggestion(key: str, tables: Mapping[str, Mapping[str, Any]]) -> str:
 def _section_suggestion(key: str, tables: Mapping[str, Mapping[str, Any]]) -> str:
     """What an unknown key at the top level was probably meant to be: a section's key, or a section."""
     homes = [name for name in tables if key in tables[name]]
-    sections = difflib.get_close_matches(key, tables, n=1)
-    if not homes and sections:
-        return f"; did you mean {sections[0]!r}?"
+    section = did_you_mean(key, tables)
+    if section and not homes:
+        return section
     dotted = {f"{name}.{own}": own for name in tables for own in tables[name]}
     near = [key] if homes else difflib.get_close_matches(key, dotted.values(), n=1)
     if near:
         return f"; did you mean {' or '.join(full for full, own in dotted.items() if own == near[0])}?"
     return f"; the keys are {', '.join(tables)}"
-
-
-def _nearest(value: Any, allowed: str) -> str:
-    near = difflib.get_close_matches(value, allowed.split(", "), n=1) if isinstance(value, str) else []
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _convert(value: Any, hint: Any) -> Any:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from numbers import Real
@@ -15,7 +14,7 @@ from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import integration_utils
 from transformers.trainer_utils import SchedulerType
 
-from fastpeft.errors import UserError
+from fastpeft.errors import UserError, did_you_mean
 
 # Options of TrainingArguments that this version would ignore or break, and what to do instead.
 _UNSUPPORTED = {
@@ -110,7 +109,9 @@ class BaseConfig(TrainingArguments):
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                self._refuse(name, f"it must be one of {', '.join(choices)}{_nearest(getattr(self, name), choices)}")
+                self._refuse(
+                    name, f"it must be one of {', '.join(choices)}{did_you_mean(getattr(self, name), choices)}"
+                )
         self._check_ranges()
         for name, advice in _UNSUPPORTED.items():
             if getattr(self, name, None):
@@ -165,7 +166,7 @@ class BaseConfig(TrainingArguments):
         for name in self.report_to:
             if name not in known:
                 self._refuse(
-                    "report_to", f"it takes none, all, or some of {', '.join(sorted(known))}{_nearest(name, known)}"
+                    "report_to", f"it takes none, all, or some of {', '.join(sorted(known))}{did_you_mean(name, known)}"
                 )
             if name not in installed and name != "flyte":  # flyte alone is left out of transformers' list
                 self._refuse("report_to", f"the Python package for {name} is not installed; install it, or use none")
@@ -182,8 +183,3 @@ class BaseConfig(TrainingArguments):
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, Real) and abs(float(value)) < float("inf")
-
-
-def _nearest(value: Any, choices: Iterable[str]) -> str:
-    near = difflib.get_close_matches(value, choices, n=1) if isinstance(value, str) else []
-    return f"; did you mean {near[0]!r}?" if near else ""

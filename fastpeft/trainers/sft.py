@@ -141,8 +141,6 @@ class SFTTrainer(BaseTrainer):
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor | None]:
         """Fetch the micro-batches of one step and count their targets, over all processes."""
-        if self.state.global_step >= self.state.max_steps:
-            return [], None  # a finished run was resumed within an epoch: transformers would take one step more
         batches = list(islice(epoch_iterator, num_batches))
         if not batches:
             return [], None

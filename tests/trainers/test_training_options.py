@@ -97,7 +97,7 @@ def test_schedules_are_made_with_what_they_take(tmp_path: Path) -> None:
         "constant": None,
         "cosine": '{"num_cycles": 2}',
     }.items():
-        config(tmp_path, lr_scheduler_type=kind, lr_scheduler_kwargs=kwargs)
+        assert config(tmp_path, lr_scheduler_type=kind, lr_scheduler_kwargs=kwargs).lr_scheduler_type == kind
 
 
 @pytest.mark.gpu

@@ -4,8 +4,6 @@
 // the caller decodes the weight into a workspace (nf4.h) and multiplies with the framework.
 #pragma once
 
-#include <string>
-
 #include "fastpeft/nf4.h"
 #include "fastpeft/types.h"
 
