@@ -1,10 +1,10 @@
 // NF4 on CUDA: quantise, quantise the scales, dequantise; each one launch.
 //
 // Layout   fastpeft/nf4.h
-// Plan     A thread owns eight consecutive elements: 16 or 32 bytes of weights, four bytes of codes. A quantisation
-//          block is block_size / 8 neighbouring threads, which agree on its absmax by shuffles and, from 512 elements
-//          on, through shared memory. Dequantisation looks levels up in shared memory: sixteen entries lie in sixteen
-//          banks, so 32 lanes never conflict.
+// Plan     A thread owns eight consecutive elements, or two times eight when dequantising; eight are 16 or 32 bytes of
+//          weights, four bytes of codes. A quantisation block is block_size / 8 neighbouring threads, which agree on
+//          its absmax by shuffles and, from 512 elements on, through shared memory. Dequantisation looks levels up in
+//          shared memory: sixteen entries lie in sixteen banks, so 32 lanes never conflict.
 // Limits   The last, ragged eight go element by element, as does everything when a pointer is not 16-byte aligned.
 // Source   Rounding as bitsandbytes 0.50.2 is compiled: flush-to-zero products and an approximate reciprocal.
 #include "fastpeft/nf4.h"
@@ -18,7 +18,8 @@
 namespace fastpeft::cuda {
 namespace {
 
-constexpr int kEach = 8;  // elements a thread owns
+constexpr int kEach = 8;    // elements of a chunk, which one thread owns
+constexpr int kChunks = 2;  // chunks a thread dequantises
 constexpr int kThreads = 512;
 constexpr unsigned kFullWarp = 0xffffffff;
 
@@ -141,38 +142,68 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-__device__ inline float block_scale(const NF4View& w, int64_t block) {
-  if (w.nested_absmax == nullptr) return static_cast<const float*>(w.absmax)[block];
-  const uint8_t code = static_cast<const uint8_t*>(w.absmax)[block];
-  const float scale = mul_ftz(__ldg(w.nested_map + code), __ldg(w.nested_absmax + block / kNestedBlock));
-  return __fadd_rn(scale, __ldg(w.offset));
+// What a chunk of eight elements is decoded from; loaded apart from its decoding, so that loads of chunks overlap.
+struct Encoded {
+  uint32_t codes;  // first code in the high nibble of the lowest byte
+  uint32_t scale_code;
+  float scale;  // the nested scale when double quantised
+};
+
+template <bool kNested>
+__device__ inline Encoded load_encoded(const NF4View& w, int64_t first, int64_t end, int block_shift) {
+  Encoded chunk{};
+  const int64_t block = first >> block_shift;
+  if constexpr (kNested) {
+    chunk.scale_code = __ldg(static_cast<const uint8_t*>(w.absmax) + block);
+    chunk.scale = __ldg(w.nested_absmax + block / kNestedBlock);
+  } else {
+    chunk.scale = __ldg(static_cast<const float*>(w.absmax) + block);
+  }
+  if (first + kEach <= end) {
+    chunk.codes = __ldg(reinterpret_cast<const uint32_t*>(w.codes + first / 2));
+  } else {
+    for (int i = 0; first + 2 * i < end; ++i) chunk.codes |= static_cast<uint32_t>(w.codes[first / 2 + i]) << (8 * i);
+  }
+  return chunk;
 }
 
-template <typename T>
+// A thread decodes kChunks chunks, a thread block's width apart; all are loaded before the first is decoded, or too
+// little is in flight (bench/LOG.md, 2026-11-25, 'More codes in flight while dequantising').
+template <typename T, bool kNested>
 __global__ void __launch_bounds__(kThreads)
     dequantize_kernel(NF4View w, int block_shift, int64_t begin, int64_t end, T* __restrict__ out, bool aligned) {
   __shared__ float levels[16];
+  __shared__ float nested_map[256];
+  const int64_t mine = begin + (blockIdx.x * static_cast<int64_t>(kThreads * kChunks) + threadIdx.x) * kEach;
+  Encoded chunks[kChunks];
+#pragma unroll
+  for (int chunk = 0; chunk < kChunks; ++chunk) {
+    const int64_t first = mine + chunk * kThreads * kEach;
+    if (first < end) chunks[chunk] = load_encoded<kNested>(w, first, end, block_shift);
+  }
   if (threadIdx.x < 16) levels[threadIdx.x] = nf4_level(threadIdx.x);
+  float offset = 0.0f;
+  if constexpr (kNested) {
+    if (threadIdx.x < 256) nested_map[threadIdx.x] = __ldg(w.nested_map + threadIdx.x);
+    offset = __ldg(w.offset);
+  }
   __syncthreads();
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads * kEach;
-  for (int64_t first = begin + (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) * kEach; first < end;
-       first += stride) {
-    const float scale = block_scale(w, first >> block_shift);
-    const bool whole = first + kEach <= end;
-    uint32_t packed = 0;
-    if (whole) {
-      packed = *reinterpret_cast<const uint32_t*>(w.codes + first / 2);
-    } else {
-      for (int i = 0; first + 2 * i < end; ++i) packed |= static_cast<uint32_t>(w.codes[first / 2 + i]) << (8 * i);
-    }
+
+#pragma unroll
+  for (int chunk = 0; chunk < kChunks; ++chunk) {
+    const int64_t first = mine + chunk * kThreads * kEach;
+    if (first >= end) break;
+    const Encoded& from = chunks[chunk];
+    float scale = from.scale;
+    if constexpr (kNested) scale = __fadd_rn(mul_ftz(nested_map[from.scale_code], scale), offset);
     Pack<T, kEach> pack;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      const uint32_t code = (packed >> (i / 2 * 8 + (i % 2 == 0 ? 4 : 0))) & 15;
+      const uint32_t code = (from.codes >> (i / 2 * 8 + (i % 2 == 0 ? 4 : 0))) & 15;
       pack.values[i] = from_float<T>(mul_ftz(levels[code], scale));
     }
     T* to = out + (first - begin);
-    if (whole && aligned) {
+    if (aligned && first + kEach <= end) {
       store_pack(to, pack);
     } else {
 #pragma unroll
@@ -234,9 +265,10 @@ void nf4_dequantize(const NF4DequantizeArgs& args, const Context& context) {
   while ((int64_t{1} << block_shift) < args.w.block_size) ++block_shift;
   dispatch("nf4_dequantize", args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    launch([&] { return concat("nf4_dequantize of elements ", args.begin, " to ", args.end); }, dequantize_kernel<T>,
-           cover(args.end - args.begin, kThreads * kEach, kThreads), context, args.w, block_shift, args.begin, args.end,
-           static_cast<T*>(args.out), is_aligned(args.out));
+    launch([&] { return concat("nf4_dequantize of elements ", args.begin, " to ", args.end); },
+           args.w.nested_absmax != nullptr ? dequantize_kernel<T, true> : dequantize_kernel<T, false>,
+           cover(args.end - args.begin, kThreads * kChunks * kEach, kThreads), context, args.w, block_shift, args.begin,
+           args.end, static_cast<T*>(args.out), is_aligned(args.out));
   });
 }
 
