@@ -59,6 +59,24 @@ class Check:
         """Whether an error is small enough; false for NaN."""
         return error <= self.tolerance
 
+    @property
+    def bar(self) -> Bar:
+        """What is kept of it in a row: the check itself holds the case's inputs."""
+        return Bar(self.measure, self.tolerance)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What outputs were judged by.
+
+    Attributes:
+        measure: what the number is.
+        tolerance: the largest that passes.
+    """
+
+    measure: str
+    tolerance: float
+
 
 @dataclass(frozen=True)
 class Calls:

@@ -30,6 +30,8 @@ def format_row(row: Row, roofs: Roofs) -> str:
         unit = "FLOP/s" if reached.roof == "matmul" else "B/s"
         parts.append(f"{_si(reached.rate)}{unit} {reached.fraction:.0%} of {reached.roof} roof")
         parts.append("  ".join(_format_peer(peer, row) for peer in row.peers))
+        if row.ours.note:
+            parts.append(row.ours.note)
     return " | ".join(parts)
 
 
@@ -90,8 +92,8 @@ def record(row: Row, suite: str, environment: Environment, roofs: Roofs) -> dict
         "roofs": {"read_bytes_s": roofs.read, "copy_bytes_s": roofs.copy, "matmul_flops_s": roofs.matmul},
         "environment": environment.as_dict(),
     }
-    if row.check is not None:
-        result["check"] = {"measure": row.check.measure, "tolerance": row.check.tolerance}
+    if row.bar is not None:
+        result["check"] = {"measure": row.bar.measure, "tolerance": row.bar.tolerance}
     if row.work is not None:
         result["work"] = {"bytes": row.work.bytes, "flops": row.work.flops}
         if row.ours.times is not None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from bench.case import OURS, Calls, Case, Check, PeerMissing, Trial, Work
+from bench.case import OURS, Bar, Calls, Case, Check, PeerMissing, Trial, Work
 from bench.timing import Pass, Timer, Times
 
 _OURS_EAGER = "fastpeft, eager"
@@ -30,7 +30,7 @@ class Contender:
         eager_because: why it was not captured.
         ratio: its time over fastpeft's in the same mode: above 1, fastpeft is faster.
         peak_bytes: memory a call allocates, on a GPU.
-        note: from the peer's adapter.
+        note: what a reader should know: how fastpeft computed it, or from the peer's adapter.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Row:
         eager: fastpeft's times without a graph, taken when a peer could only run so.
         peers: in the suite's order.
         work: bytes and operations; None when the case could not be prepared.
-        check: what the outputs were judged by; None when the case could not be prepared.
+        bar: what the outputs were judged by; None when the case could not be prepared.
     """
 
     case: Case
@@ -67,7 +67,7 @@ class Row:
     eager: Times | None = None
     peers: list[Contender] = field(default_factory=list)
     work: Work | None = None
-    check: Check | None = None
+    bar: Bar | None = None
 
 
 def run_case(case: Case, timer: Timer, seed: int, reps: int) -> Row:
@@ -100,7 +100,7 @@ def release_memory(device: torch.device) -> None:
 
 def _measure(row: Row, timer: Timer) -> None:
     trial = row.case.prepare(row.case.inputs(timer.device, row.seed))
-    row.work, row.check = trial.work, trial.check
+    row.work, row.bar, row.ours.note = trial.work, trial.check.bar, trial.ours.note
     row.peers = [Contender(name) for name in trial.peers]
 
     ours = _judge(row.ours, trial.ours, trial.check)

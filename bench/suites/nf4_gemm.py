@@ -10,10 +10,10 @@ from bench import reference
 from bench.case import Calls, Case, Inputs, Suite, Trial, Work
 from bench.peers import bnb, dense
 from bench.timing import backward_only
-from fastpeft.ops import nf4_linear, nf4_quantize
+from fastpeft.ops import nf4_linear, nf4_linear_plan, nf4_quantize
 
-_SHAPES = {"cuda": ((4096, 4096), (14336, 4096), (28672, 8192)), "cpu": ((256, 512),)}
-_TOKENS = {"cuda": (1, 4, 16, 64, 256, 1024, 4096, 8192), "cpu": (1, 16, 64)}
+_SHAPES = {"cuda": ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192)), "cpu": ((256, 512),)}
+_TOKENS = {"cuda": (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 2048, 4096, 8192), "cpu": (1, 16, 64)}
 _QUICK = {(1, 4096), (16, 4096), (256, 4096), (4096, 4096), (16, 256), (64, 256)}
 _TOLERANCE = 1e-2
 
@@ -29,7 +29,10 @@ def _prepare(m: int, n: int, k: int, backward: bool, inputs: Inputs) -> Trial:
     work = Work(bytes=packed[0].nbytes + io_bytes, flops=2 * m * n * k)
     if not backward:
         return Trial(
-            ours=Calls([partial(nf4_linear, x, w) for x, w in zip(xs, packed, strict=True)]),
+            ours=Calls(
+                [partial(nf4_linear, x, w) for x, w in zip(xs, packed, strict=True)],
+                note=nf4_linear_plan(xs[0], packed[0]),
+            ),
             peers={"dense": lambda: dense.linear(xs, decoded), "bnb": lambda: bnb.linear(xs, ws)},
             work=work,
             check=reference.close_to(lambda: [xs[0].double() @ decoded[0].double().T], _TOLERANCE),
@@ -37,7 +40,8 @@ def _prepare(m: int, n: int, k: int, backward: bool, inputs: Inputs) -> Trial:
     dys = [inputs.randn(m, n, scale=n**-0.5 * k**0.5) for _ in range(sets)]
     return Trial(
         ours=Calls(
-            [backward_only(partial(nf4_linear, x, w), [x], dy) for x, w, dy in zip(xs, packed, dys, strict=True)]
+            [backward_only(partial(nf4_linear, x, w), [x], dy) for x, w, dy in zip(xs, packed, dys, strict=True)],
+            note=nf4_linear_plan(dys[0], packed[0], transposed=True),
         ),
         peers={"dense": lambda: dense.linear_dx(xs, decoded, dys), "bnb": lambda: bnb.linear_dx(xs, ws, dys)},
         work=work,

@@ -38,7 +38,10 @@ def test_ids_are_unique_and_every_suite_has_quick_cases(device_type: str) -> Non
 def test_gpu_cases_cover_what_the_suites_promise() -> None:
     gemm = SUITES["nf4_gemm"].select("cuda")
     for op in ("nf4_gemm", "nf4_gemm_dx"):
-        assert {case.sizes["m"] for case in gemm if case.op == op} == {1, 4, 16, 64, 256, 1024, 4096, 8192}
+        assert {case.sizes["m"] for case in gemm if case.op == op} == {
+            *(2**i for i in range(9)),
+            *(2**i for i in range(10, 14)),
+        }
     lora = SUITES["lora"].select("cuda")
     assert len(lora) == 3 * 2 * 2 * 2
     adamw = SUITES["adamw"].select("cuda")
@@ -47,8 +50,8 @@ def test_gpu_cases_cover_what_the_suites_promise() -> None:
 
 def test_filter_matches_ids_and_labels() -> None:
     suite = SUITES["nf4_gemm"]
-    by_id = suite.select("cuda", text="m16-n4096")
-    by_label = suite.select("cuda", text="m=16 n=4096")
+    by_id = suite.select("cuda", text="m16-n4096-k4096")
+    by_label = suite.select("cuda", text="m=16 n=4096 k=4096")
     assert [case.id for case in by_id] == [case.id for case in by_label]
     assert len(by_id) == 2
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -27,6 +30,20 @@ def test_ours_and_a_peer_are_checked_timed_and_compared(doubling_case) -> None:
     (peer,) = row.peers
     assert peer.ratio == pytest.approx(peer.times.median / row.ours.times.median)
     assert row.ours.ratio is None
+
+
+def test_a_row_keeps_no_tensors(doubling_case) -> None:
+    """Rows stay until the last table of a run; their checks once held every weight, and 79 GB were not enough."""
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        seen.append(weakref.ref(x))
+        return x * 2
+
+    row = run_case(doubling_case(double, {}), Timer(CPU), 1, reps=2)
+    gc.collect()
+    assert row.ours.status == "ok"
+    assert seen and all(reference() is None for reference in seen)
 
 
 @pytest.mark.parametrize(
