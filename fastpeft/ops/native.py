@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,21 +49,56 @@ def nf4_levels() -> list[float]:
     return levels
 
 
+class LinearPlan(NamedTuple):
+    """How a product with an NF4 weight is computed (csrc/cuda/nf4_linear_config.h)."""
+
+    kernel: str  # "dequantise", "decode", "tiles" or "mma"
+    workspace_bytes: int
+    counters: int  # 32-bit words, zero before and after
+    reason: str
+
+
 def nf4_linear_plan(
-    m: int, n: int, k: int, block_size: int, dtype: torch.dtype, aligned: bool, device: torch.device
-) -> tuple[bool, str]:
-    """Whether the native core multiplies by an NF4 weight of these sizes itself, and the reason in words."""
-    plan: tuple[bool, str] = _C.nf4_linear_plan(
-        m, n, k, block_size, dtype_number("nf4_linear", dtype), aligned, *_device_limits(device)
-    )
-    return plan
+    m: int, n: int, k: int, transposed: bool, block_size: int, dtype: torch.dtype, aligned: bool, device: torch.device
+) -> LinearPlan:
+    """Which kernel multiplies by an NF4 weight of these sizes, what it needs, and why."""
+    number = dtype_number("nf4_linear", dtype)
+    return LinearPlan(*_C.nf4_linear_plan(m, n, k, transposed, block_size, number, aligned, *device_limits(device)))
 
 
 @cache
-def _device_limits(device: torch.device) -> tuple[int, int, int]:
+def device_limits(device: torch.device) -> tuple[int, int, int]:
+    """Compute capability (90 for 9.0), multiprocessors, and bytes of shared memory a thread block may have."""
     found = torch.cuda.get_device_properties(device)
     smem_bytes: int = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
     return 10 * found.major + found.minor, found.multi_processor_count, smem_bytes
+
+
+_COUNTER_WORDS = 1 << 18
+_counters: dict[tuple[int, int], Tensor] = {}
+_counter_pools: dict[int, list[Tensor]] = {}
+
+
+def counters(words: int, device: torch.device) -> Tensor:
+    """Words that are zero and that no kernel running beside the caller's stream uses; kernels leave them zero.
+
+    A stream has its own. What is captured into a graph gets words of its own for ever, as the graph may be replayed on
+    any stream; they come from a pool made by the first call outside a capture (it waits for the device, once).
+    """
+    index = device.index
+    if torch.cuda.is_current_stream_capturing():
+        pool = _counter_pools.get(index)
+        if not pool or pool[0].numel() < words:
+            return torch.zeros(words, dtype=torch.int32, device=device)  # zeroed by each replay: correct, slower
+        taken, pool[0] = pool[0][:words], pool[0][-(-words // 32) * 32 :]
+        return taken
+    if index not in _counter_pools:
+        _counter_pools[index] = [torch.zeros(_COUNTER_WORDS, dtype=torch.int32, device=device)]
+        torch.cuda.synchronize(device)
+    key = (index, torch._C._cuda_getCurrentRawStream(index))
+    if key not in _counters or _counters[key].numel() < words:
+        _counters[key] = torch.zeros(max(words, 1024), dtype=torch.int32, device=device)
+    return _counters[key]
 
 
 def dtype_number(function: str, dtype: torch.dtype) -> int:

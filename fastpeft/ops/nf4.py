@@ -1,8 +1,8 @@
 """NF4 ops: quantise, dequantise, and products with a quantised weight.
 
-On CUDA a product with up to 16 tokens is one kernel that reads the codes (`nf4_linear_plan` says when and why). Other
-products dequantise the whole weight in one launch into a workspace of the framework's allocator and call the
-framework's matmul; on the CPU they go by slabs of rows, small enough to stay in the cache.
+On CUDA a product in a 16-bit type, forward or backward, is one kernel that reads the codes; `nf4_linear_plan` says
+which, and why. Other products dequantise slabs of rows into a workspace of the framework's allocator and call the
+framework's matmul: on CUDA slabs of at most 32 MB, on the CPU small enough to stay in the cache.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from fastpeft.ops import native
 from fastpeft.ops.nf4_weight import BLOCK_SIZES, NESTED_BLOCK_SIZE, NF4Weight, Operands, dynamic_map
 
-_SLAB_BYTES = 4 << 20
+_SLAB_BYTES = {"cpu": 4 << 20, "cuda": 32 << 20}
 _WEIGHT = "Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_map, Tensor? offset, int block_size"
 
 
@@ -165,16 +165,14 @@ def nf4_dequantize(w: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
 
 # --- products ---
 def _row_slabs(operands: Operands, n: int, k: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of the decoded weight, slab by slab; a slab's first element begins a block."""
+    """Rows of the decoded weight, slab by slab in one buffer; a slab's first element begins a block."""
     block_size = operands[-1]
     step = block_size // gcd(block_size, k)
-    if operands[0].is_cuda:
-        rows = n
-    else:
-        rows = max(step, _SLAB_BYTES // (k * dtype.itemsize) // step * step)
+    rows = max(step, _SLAB_BYTES[operands[0].device.type] // max(1, k * dtype.itemsize) // step * step)
+    buffer = operands[0].new_empty((min(n, rows), k), dtype=dtype)
     for begin in range(0, n, rows):
         end = min(n, begin + rows)
-        slab = operands[0].new_empty((end - begin, k), dtype=dtype)
+        slab = buffer[: end - begin]
         _dequantize_range(*operands, n * k, begin * k, end * k, slab)
         yield slice(begin, end), slab
 
@@ -184,31 +182,42 @@ def _operands(values: list[Any]) -> Operands:
     return codes, absmax, nested_absmax, nested_map, offset, block_size
 
 
-def _plan(x2d: Tensor, codes: Tensor, block_size: int, n: int, k: int) -> tuple[bool, str]:
+def _plan(x2d: Tensor, codes: Tensor, block_size: int, n: int, k: int, transposed: bool) -> native.LinearPlan:
     aligned = x2d.data_ptr() % 16 == 0 and codes.data_ptr() % 16 == 0
-    return native.nf4_linear_plan(x2d.shape[0], n, k, block_size, x2d.dtype, aligned, x2d.device)
+    return native.nf4_linear_plan(x2d.shape[0], n, k, transposed, block_size, x2d.dtype, aligned, x2d.device)
 
 
-def nf4_linear_plan(x: Tensor, w: NF4Weight) -> str:
-    """Say in words how ``nf4_linear(x, w)`` is computed on this device, and why.
+def nf4_linear_plan(x: Tensor, w: NF4Weight, transposed: bool = False) -> str:
+    """Say in words how ``nf4_linear(x, w)`` or its backward is computed on this device, and why.
 
     Args:
-        x: ``(..., k)``, as it would be given to ``nf4_linear``.
+        x: ``(..., k)``, as it would be given to ``nf4_linear``; ``(..., n)`` if ``transposed``.
         w: an ``(n, k)`` weight.
+        transposed: ask for ``x @ w``, the gradient by the input, instead of ``x @ w.T``.
     Returns:
-        Such as ``decode: 1 x 8 tokens, 16 warps, 132 blocks`` or ``dequantise: k is 100, no multiple of 64``.
+        Such as ``decode: 1 x 8 tokens, 16 warps, 132 blocks`` or ``mma: k is 100, no multiple of 64``.
     """
     if not x.is_cuda:
         return "dequantise: on the CPU, by slabs of rows"
-    return _plan(x.reshape(-1, w.k).contiguous(), w.codes, w.block_size, w.n, w.k)[1]
+    x2d = x.reshape(-1, w.n if transposed else w.k).contiguous()
+    return _plan(x2d, w.codes, w.block_size, w.n, w.k, transposed).reason
 
 
-def _linear_from_codes(x2d: Tensor, operands: Operands, n: int, k: int, bias: Tensor | None) -> Tensor:
+def _from_codes(
+    x2d: Tensor, operands: Operands, n: int, k: int, transposed: bool, bias: Tensor | None
+) -> Tensor | None:
+    """The product by a kernel that reads the codes; None where none does."""
     codes, absmax, nested_absmax, nested_map, offset, block_size = operands
-    y = x2d.new_empty((x2d.shape[0], n))
+    plan = _plan(x2d, codes, block_size, n, k, transposed)
+    if plan.kernel == "dequantise":
+        return None
+    y = x2d.new_empty((x2d.shape[0], k if transposed else n))
+    workspace = x2d.new_empty((plan.workspace_bytes,), dtype=torch.uint8) if plan.workspace_bytes else None
+    counters = native.counters(plan.counters, x2d.device) if plan.counters else None
     native.call_cuda(
         "nf4_linear",
         x2d,
+        transposed,
         x2d.data_ptr(),
         codes.data_ptr(),
         absmax.data_ptr(),
@@ -222,6 +231,10 @@ def _linear_from_codes(x2d: Tensor, operands: Operands, n: int, k: int, bias: Te
         x2d.shape[0],
         n,
         k,
+        native.address(workspace),
+        plan.workspace_bytes,
+        native.address(counters),
+        native.device_limits(x2d.device)[0],
     )
     return y
 
@@ -231,16 +244,17 @@ def _linear(x: Tensor, *rest: Any) -> Tensor:
     x2d = x.reshape(-1, k)
     if x.is_cuda:
         x2d = x2d.contiguous()
-        codes, block_size = operands[0], operands[-1]
-        if _plan(x2d, codes, block_size, n, k)[0]:
-            bias = None if bias is None else bias.contiguous()
-            return _linear_from_codes(x2d, _operands(operands), n, k, bias).reshape(*x.shape[:-1], n)
-    parts = [
-        torch.nn.functional.linear(x2d, slab, None if bias is None else bias[rows])
-        for rows, slab in _row_slabs(_operands(operands), n, k, x.dtype)
-    ]
-    y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-    return y.reshape(*x.shape[:-1], n)
+        bias = None if bias is None else bias.contiguous()
+        y = _from_codes(x2d, _operands(operands), n, k, False, bias)
+        if y is not None:
+            return y.reshape(*x.shape[:-1], n)
+    out = x2d.new_empty((x2d.shape[0], n))
+    for rows, slab in _row_slabs(_operands(operands), n, k, x.dtype):
+        if bias is None:
+            torch.mm(x2d, slab.t(), out=out[:, rows])
+        else:
+            torch.addmm(bias[rows], x2d, slab.t(), out=out[:, rows])
+    return out.reshape(*x.shape[:-1], n)
 
 
 def _linear_fake(x: Tensor, *rest: Any) -> Tensor:
@@ -250,13 +264,22 @@ def _linear_fake(x: Tensor, *rest: Any) -> Tensor:
 def _linear_dx(dy: Tensor, *rest: Any) -> Tensor:
     *operands, n, k = rest
     dy2d = dy.reshape(-1, n)
-    parts = (dy2d[:, rows] @ slab for rows, slab in _row_slabs(_operands(operands), n, k, dy.dtype))
-    dx = next(parts)
-    for index, part in enumerate(parts):
-        if index == 0 and dy.dtype.itemsize == 2:
-            dx = dx.float()  # summed in float32, rounded once
-        dx += part
-    return dx.to(dy.dtype).reshape(*dy.shape[:-1], k)
+    if dy.is_cuda:
+        dy2d = dy2d.contiguous()
+        dx = _from_codes(dy2d, _operands(operands), n, k, True, None)
+        if dx is not None:
+            return dx.reshape(*dy.shape[:-1], k)
+    dx = None
+    for rows, slab in _row_slabs(_operands(operands), n, k, dy.dtype):
+        part = dy2d[:, rows]
+        if dx is None:
+            dx = part @ slab
+        elif dy.dtype.itemsize == 2:  # summed in float32, rounded once
+            dx = dx.float().add_(part @ slab)
+        else:
+            dx.addmm_(part, slab)
+    dx = dy2d.new_zeros((dy2d.shape[0], k)) if dx is None else dx.to(dy.dtype)
+    return dx.reshape(*dy.shape[:-1], k)
 
 
 def _linear_dx_fake(dy: Tensor, *rest: Any) -> Tensor:

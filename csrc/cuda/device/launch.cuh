@@ -26,6 +26,10 @@ struct Grid {
   unsigned blocks;
   unsigned threads;
   unsigned smem_bytes = 0;  // dynamic shared memory of a block
+  unsigned cluster = 1;     // blocks of a cluster
+  // May start while the kernel before is still running: only for a kernel that waits for it before it touches memory
+  // (wait_for_kernel_before), on compute capability 9.0 or later.
+  bool overlap_launch = false;
 };
 
 inline int device_attribute(cudaDeviceAttr attribute, int device) {
@@ -67,8 +71,23 @@ void launch(const What& what, void (*kernel)(Parameters...), Grid grid, const Co
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.smem_bytes));
     if (status != cudaSuccess) check_cuda(status, what(), __FILE__, __LINE__);
   }
-  kernel<<<grid.blocks, grid.threads, grid.smem_bytes, reinterpret_cast<cudaStream_t>(context.stream)>>>(arguments...);
-  status = cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid.blocks, config.blockDim = grid.threads, config.dynamicSmemBytes = grid.smem_bytes;
+  config.stream = reinterpret_cast<cudaStream_t>(context.stream);
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
+  if (grid.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = grid.cluster, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
+  }
+  if (grid.overlap_launch) {
+    cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+  }
+  status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  if (status == cudaSuccess) status = cudaGetLastError();
   if (status != cudaSuccess) check_cuda(status, what(), __FILE__, __LINE__);
 }
 

@@ -40,13 +40,43 @@ __device__ inline bool greater_ftz(float a, float b) {
   return y != 0;
 }
 
+// Address within shared memory, in the 32 bits that instructions take.
+__device__ inline uint32_t smem_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+// PTX ISA 9.7.9.8 (ld): a load that stays where it stands among copies and barriers. One through the path for constant
+// data, as __ldg makes it, the assembler puts off until the value is needed, behind a barrier too.
+__device__ inline uint4 load_16(const void* from) {
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from)
+               : "memory");
+  return v;
+}
+
+__device__ inline float load_4(const float* from) {
+  float v;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(from) : "memory");
+  return v;
+}
+
 // PTX ISA 9.7.9.25.3 (cp.async): 16 bytes from global to shared memory behind the thread's back, past L1; a miss
 // fetches the whole 128-byte line into L2. The thread sees them after wait_async, others after a barrier too.
-__device__ inline void copy_async_16(void* to_shared, const void* from) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(to_shared))),
-               "l"(from)
+__device__ inline void copy_async_16(uint32_t to_shared, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to_shared), "l"(from) : "memory");
+}
+
+// The same for the first `bytes` of 16, zeros for the rest.
+__device__ inline void copy_async_16(uint32_t to_shared, const void* from, uint32_t bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from), "r"(bytes)
                : "memory");
+}
+
+// Four bytes, which go through L1.
+__device__ inline void copy_async_4(uint32_t to_shared, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to_shared), "l"(from) : "memory");
 }
 
 __device__ inline void commit_async() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -56,6 +86,43 @@ template <int kPending>
 __device__ inline void wait_async() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
+
+// PTX ISA 9.7.9.7 (prmt): byte i of the result is the byte of {b, a} that the low three bits of nibble i of `selectors`
+// name, or, where the nibble's top bit is set, eight copies of that byte's sign.
+__device__ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selectors) {
+  uint32_t v;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(selectors));
+  return v;
+}
+
+// PTX ISA 9.7.14.5.15 (ldmatrix): four 8 x 8 matrices of 16-bit values; lane i gives the shared address of row i % 8 of
+// matrix i / 8. Lane (g, t) = (lane / 4, lane % 4) gets of each matrix row g at columns 2t and 2t + 1, or, transposed,
+// rows 2t and 2t + 1 at column g. No memory clobber, so that stores to other tiles may pass: only a barrier orders it.
+template <bool kTransposed>
+__device__ inline void load_matrices(uint32_t (&to)[4], uint32_t shared_address) {
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(shared_address));
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(shared_address));
+  }
+}
+
+// PTX ISA 9.7.13.13 (griddepcontrol), from compute capability 9.0. A kernel launched with Grid::overlap_launch starts
+// when every block of the one before has let it or has ended, and must not touch memory before it has waited: only then
+// have the kernels before ended and can their writes be seen. Without that attribute neither does anything.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+inline constexpr bool kLaunchesOverlap = true;
+__device__ inline void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ inline void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+#else
+inline constexpr bool kLaunchesOverlap = false;
+__device__ inline void wait_for_kernel_before() {}
+__device__ inline void let_next_kernel_start() {}
+#endif
 
 // PTX ISA 9.7.14.5.8 (mma.m16n8k16): d += a b, float32 sums. Lane (g, t) = (lane / 4, lane % 4) holds of a rows g and
 // g + 8 at k 2t (+1) and 2t + 8 (+1), of b column g at the same k, of d rows g and g + 8 at columns 2t and 2t + 1.

@@ -1,4 +1,4 @@
-// y[m,n] = x[m,k] @ W[n,k]^T (+ bias) with W in NF4, straight from its codes.
+// Products with W[n,k] in NF4, straight from its codes: y[m,n] = x[m,k] @ W^T (+ bias), and y[m,k] = x[m,n] @ W.
 //
 // Which sizes a kernel takes is decided by a pure function, nf4_linear_plan (cuda/nf4_linear_config.h); for the others
 // the caller decodes the weight into a workspace (nf4.h) and multiplies with the framework.
@@ -11,11 +11,16 @@ namespace fastpeft {
 
 struct NF4LinearArgs {
   NF4View w;         // of an (n, k) weight
-  const void* x;     // [m, k], row-major, of `dtype`
-  const void* bias;  // [n], of `dtype`, or null
-  void* y;           // [m, n], row-major, of `dtype`
+  bool transposed;   // the second product: the gradient by the input
+  const void* x;     // [m, k], or [m, n] if transposed; row-major, of `dtype`
+  const void* bias;  // [n], of `dtype`, or null; null if transposed
+  void* y;           // [m, n], or [m, k] if transposed; row-major, of `dtype`
   DType dtype;       // float16 or bfloat16
   int64_t m, n, k;
+  void* workspace;  // 16-byte aligned, of what the plan asks for
+  int64_t workspace_bytes;
+  unsigned* counters;  // as many as the plan asks for: zero, and zero again afterwards
+  int architecture;    // the plan may use at most this compute capability; 0: the device's own
 };
 
 namespace cuda {

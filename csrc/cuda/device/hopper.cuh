@@ -1,0 +1,230 @@
+// PTX instructions of compute capability 9.0a, each wrapped once. Shared memory is addressed by 32-bit offsets.
+//
+// Source   PTX ISA: 9.7.13.15 (mbarrier), 9.7.9.25 (cp.async.bulk), 9.7.15 (wgmma), 9.7.19.5 (setmaxnreg).
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace fastpeft::cuda {
+
+__device__ inline uint32_t shared_offset(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+__device__ inline void store_shared(uint32_t at, uint4 v) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+__device__ inline uint4 load_shared(uint32_t at) {
+  uint4 v;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(at)
+               : "memory");
+  return v;
+}
+
+__device__ inline void store_shared_word(uint32_t at, uint32_t v) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(v) : "memory");
+}
+__device__ inline uint32_t load_shared_word(uint32_t at) {
+  uint32_t v;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
+  return v;
+}
+
+// --- mbarrier --------------------------------------------------------------------------------------------------------
+__device__ inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ inline void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ inline void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ inline void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// Waits for the end of the phase of this parity; a fresh barrier counts as past the phase of parity 1.
+__device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
+  uint32_t done = 0;
+  while (done == 0) {  // try_wait sleeps a while by itself
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+  }
+}
+// The numbered barriers of a thread block, for a part of its threads; 0 is __syncthreads().
+__device__ inline void named_barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// --- clusters --------------------------------------------------------------------------------------------------------
+__device__ inline uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ inline void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// The same place in the shared memory of another thread block of the cluster.
+__device__ inline uint32_t shared_of(uint32_t rank, uint32_t at) {
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
+  return there;
+}
+// No .release.cluster: it would cost a MEMBAR, and what it would order here is over when a wgmma is.
+__device__ inline void barrier_arrive_remote(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// From this thread block's shared memory to another's, whose barrier counts the bytes.
+__device__ inline void copy_to_remote(uint32_t to, uint32_t from, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "r"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
+// --- tensor memory accelerator ---------------------------------------------------------------------------------------
+__device__ inline void tma_load(uint32_t to, const CUtensorMap* map, uint32_t barrier, int column, int row) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
+          "r"(to),
+      "l"(map), "r"(barrier), "r"(column), "r"(row)
+      : "memory");
+}
+__device__ inline void tma_store(const CUtensorMap* map, uint32_t from, int column, int row) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(from),
+               "r"(column), "r"(row)
+               : "memory");
+}
+__device__ inline void tma_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+template <int kPending>  // groups whose source may still be read
+__device__ inline void tma_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+__device__ inline void tma_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+__device__ inline void tma_prefetch(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+// Makes this thread's own stores to shared memory visible to TMA and wgmma.
+__device__ inline void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// --- between thread blocks -------------------------------------------------------------------------------------------
+// A counter that wraps to 0 after `last`; gives what it was.
+__device__ inline unsigned atomic_increment(unsigned* counter, unsigned last) {
+  unsigned before;
+  asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(last) : "memory");
+  return before;
+}
+// Publishes what this thread, and before a barrier its thread block, has written; load_acquire sees it with the count.
+__device__ inline void add_release(unsigned* counter, unsigned value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+__device__ inline unsigned load_acquire(const unsigned* counter) {
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
+}
+
+// --- registers -------------------------------------------------------------------------------------------------------
+template <int kRegisters>
+__device__ inline void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ inline void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Four 8x8 matrices of 16-bit elements, transposed on their way: lane i gives the address of row i % 8 of matrix i / 8.
+__device__ inline void store_matrices_transposed(uint32_t at, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(r0), "r"(r1),
+               "r"(r2), "r"(r3)
+               : "memory");
+}
+
+// --- wgmma -----------------------------------------------------------------------------------------------------------
+// Descriptor of an operand under the 128-byte swizzle, its tile at a multiple of 1024 bytes. Eight rows of 128 bytes
+// make a group of 1024. K-major (a row is 64 of the depth): 16 of the depth are 32 bytes. MN-major (a row is 64 of out,
+// rows follow the depth): 16 of the depth are 16 rows. Only one of the two strides is used, and both fields hold it.
+__device__ inline uint64_t wgmma_descriptor(uint32_t at) {
+  return (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1024 >> 4} << 16) | ((at & 0x3ffff) >> 4);
+}
+template <bool kMnMajor>
+constexpr uint32_t kDescriptorStep = kMnMajor ? 2048 >> 4 : 32 >> 4;
+
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending>
+__device__ inline void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// d = a b^T, or d += a b^T: 64 rows of out by kTokens, 16 of the depth; a MN-major or K-major, b K-major. Thread (warp
+// w, lane 4g + t) of the warpgroup holds in d[4j + i] row 16w + g + 8(i / 2), token 8j + 2t + i % 2.
+template <typename T, bool kMnMajor, int kTokens>
+__device__ void wgmma(float (&d)[kTokens / 2], uint64_t a, uint64_t b, bool accumulate);
+
+#define FASTPEFT_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define FASTPEFT_D16(i) FASTPEFT_D4(i), FASTPEFT_D4(i + 4), FASTPEFT_D4(i + 8), FASTPEFT_D4(i + 12)
+#define FASTPEFT_D64(i) FASTPEFT_D16(i), FASTPEFT_D16(i + 16), FASTPEFT_D16(i + 32), FASTPEFT_D16(i + 48)
+#define FASTPEFT_R16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define FASTPEFT_R32 FASTPEFT_R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FASTPEFT_R64                                                                                       \
+  FASTPEFT_R32                                                                                             \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
+  "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FASTPEFT_R128                                                                                       \
+  FASTPEFT_R64                                                                                              \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, "       \
+  "%83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, " \
+  "%103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, "  \
+  "%120, %121, %122, %123, %124, %125, %126, %127"
+// `A`, `B`, `P`, `M`: the operands' numbers behind the accumulators'.
+#define FASTPEFT_WGMMA_OF(TYPE, NAME, N, R, D, A, B, P, M)                                                          \
+  template <bool kMnMajor>                                                                                          \
+  __device__ inline void wgmma_##NAME##_##N(float(&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {            \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE \
+                 "." TYPE " {" R "}, " A ", " B ", p, 1, 1, " M ", 0;\n}\n"                                         \
+                 : D                                                                                                \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kMnMajor ? 1 : 0));                       \
+  }                                                                                                                 \
+  static_assert(true)
+#define FASTPEFT_WGMMA_SIZES(TYPE, NAME)                                                                               \
+  FASTPEFT_WGMMA_OF(TYPE, NAME, 32, FASTPEFT_R16, FASTPEFT_D16(0), "%16", "%17", "%18", "%19");                        \
+  FASTPEFT_WGMMA_OF(TYPE, NAME, 64, FASTPEFT_R32, FASTPEFT_D16(0) COMMA FASTPEFT_D16(16), "%32", "%33", "%34", "%35"); \
+  FASTPEFT_WGMMA_OF(TYPE, NAME, 128, FASTPEFT_R64, FASTPEFT_D64(0), "%64", "%65", "%66", "%67");                       \
+  FASTPEFT_WGMMA_OF(TYPE, NAME, 256, FASTPEFT_R128, FASTPEFT_D64(0) COMMA FASTPEFT_D64(64), "%128", "%129", "%130",    \
+                    "%131")
+#define COMMA ,
+FASTPEFT_WGMMA_SIZES("bf16", bf16);
+FASTPEFT_WGMMA_SIZES("f16", f16);
+#undef COMMA
+#undef FASTPEFT_WGMMA_SIZES
+#undef FASTPEFT_WGMMA_OF
+#undef FASTPEFT_R128
+#undef FASTPEFT_R64
+#undef FASTPEFT_R32
+#undef FASTPEFT_R16
+#undef FASTPEFT_D64
+#undef FASTPEFT_D16
+#undef FASTPEFT_D4
+
+template <typename T, bool kMnMajor, int kTokens>
+__device__ inline void wgmma(float (&d)[kTokens / 2], uint64_t a, uint64_t b, bool accumulate) {
+  constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
+  if constexpr (kTokens == 32 && kBf16) wgmma_bf16_32<kMnMajor>(d, a, b, accumulate);
+  if constexpr (kTokens == 64 && kBf16) wgmma_bf16_64<kMnMajor>(d, a, b, accumulate);
+  if constexpr (kTokens == 128 && kBf16) wgmma_bf16_128<kMnMajor>(d, a, b, accumulate);
+  if constexpr (kTokens == 256 && kBf16) wgmma_bf16_256<kMnMajor>(d, a, b, accumulate);
+  if constexpr (kTokens == 32 && !kBf16) wgmma_f16_32<kMnMajor>(d, a, b, accumulate);
+  if constexpr (kTokens == 64 && !kBf16) wgmma_f16_64<kMnMajor>(d, a, b, accumulate);
+  if constexpr (kTokens == 128 && !kBf16) wgmma_f16_128<kMnMajor>(d, a, b, accumulate);
+  if constexpr (kTokens == 256 && !kBf16) wgmma_f16_256<kMnMajor>(d, a, b, accumulate);
+}
+
+}  // namespace fastpeft::cuda

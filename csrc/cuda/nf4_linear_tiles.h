@@ -1,0 +1,12 @@
+// The tile kernel's launcher: a file of its own, as its sixteen instances take a while to compile.
+#pragma once
+
+#include "cuda/nf4_linear_tiles_plan.h"
+#include "fastpeft/nf4_linear.h"
+
+namespace fastpeft::cuda {
+
+// On a device of compute capability 9.0; sizes and alignment as nf4_linear_plan has checked them.
+void nf4_linear_tiles(const NF4LinearArgs& args, const nf4_tiles::Plan& plan, const Context& context);
+
+}  // namespace fastpeft::cuda

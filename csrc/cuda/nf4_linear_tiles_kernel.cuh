@@ -1,0 +1,528 @@
+// NF4 product for more than a few tokens on Hopper: y[m, out] = x[m, depth] @ op(W)^T (+ bias), W read as codes.
+//
+// Layout   x   T [m, depth], y T [m, out], row-major; x 16-byte aligned, rows too
+//          W   uint8 [n, k / 2], high nibble = even k; k % 64 == 0, blocks of 64 or more. Forward out = n, depth = k;
+//              backward out = k, depth = n, by reading the same decoded rows as an MN-major operand: nothing is
+//              transposed.
+// Plan     A persistent grid, a thread block an SM, its items from nf4_linear_tiles_plan.h. TMA brings x and the codes.
+//          One or two warpgroups decode: a lane takes 64 weights of a row, that share a scale, looks them up in its
+//          registers and stores them as 128 bytes of a swizzled tile, which costs shared memory no more than TMA of
+//          16-bit weights would. Two warpgroups multiply, 64 of out each (wgmma, both operands in shared memory).
+//          Two thread blocks with neighbouring tokens form a cluster: each decodes every second step and copies the
+//          tile to the other, so that decoding stays below the time of multiplying, and costs half the energy.
+//          Decoding in the registers of the multiplying warps, and decoding once into a ring in L2, were slower
+//          (bench/LOG.md, 2026-11-25 and 2026-11-26).
+//          256 tokens take 128 accumulators a thread and leave registers for one decoding warpgroup; fewer tokens have
+//          two, which take turns, since then reading and decoding limit.
+// Numerics level times scale in float32, rounded once to T (as nf4_dequantize); sums in float32; one rounding to T.
+//          Shared units are summed in a tree of their parts, whoever comes last: runs are equal to the bit.
+// Source   wgmma and its layouts: PTX ISA 9.7.15; division of the depth: stream-K (arXiv 2301.03598).
+#pragma once
+
+#include <cuda.h>
+
+#include "common/nf4_checks.h"
+#include "cuda/device/hopper.cuh"
+#include "cuda/device/nf4_decode.cuh"
+#include "cuda/device/numbers.cuh"
+#include "cuda/device/ptx.cuh"
+#include "cuda/nf4_linear_tiles_plan.h"
+#include "fastpeft/nf4.h"
+
+namespace fastpeft::cuda::nf4_tiles {
+
+struct Problem {
+  Plan plan;
+  NF4View w;
+  int n, k;
+  int block_shift;    // log2 of the block size, less 6
+  bool wide_scales;   // four steps' 8-bit scales of a row are one aligned word
+  const void* bias;   // [out], may be null
+  void* y;            // for the rows that TMA cannot store
+  bool store_by_tma;  // out % 8 == 0
+  uint8_t* workspace;
+  unsigned* counters;  // zero, and left so
+};
+
+template <int kTokens_, int kCluster_>
+struct Config {
+  static constexpr int kTokens = kTokens_, kCluster = kCluster_;
+  static constexpr int kDecoders = kTokens == 256 ? 1 : kTokens == 128 ? 2 : 4;  // warpgroups
+  static constexpr int kSpan = kCluster * kDecoders;  // steps from one of a decoder to its next
+  static constexpr int kOwn = kChunkSteps / kSpan;    // steps of a decoder in a chunk
+  // Beside the decoders, a warp that fetches. With 256 tokens it would leave too few registers to compile the
+  // multiplication (ptxas 13.0 wants 154 at the kernel's entry), and a decoding warp fetches too.
+  static constexpr bool kFetchWarp = kTokens < 256;
+  static constexpr int kThreads = 128 * (kDecoders + kConsumers) + (kFetchWarp ? 32 : 0);
+  static constexpr int kStages = kTokens == 32    ? 8
+                                 : kTokens == 64  ? 7
+                                 : kTokens == 128 ? (kCluster == 1 ? 5 : 6)
+                                                  : (kCluster == 1 ? 3 : 4);
+  static constexpr int kCodeChunks = kTokens == 128 && kCluster == 1 ? 3 : 2;  // a decoder's ring of codes, in chunks
+  // Who makes the decoded tile visible to wgmma: the multiplying warps, unless the decoding ones must for the copy.
+  static constexpr bool kReaderFences = kCluster == 1;
+  static constexpr int kStoreTokens = 32;  // of a store of y
+  static constexpr uint32_t kXBytes = kTokens * kStep * 2, kWBytes = kTileOut * kStep * 2;
+  static constexpr uint32_t kCodeBytes = kWBytes / 4, kCodeChunkBytes = kOwn * kCodeBytes;
+  static constexpr uint32_t kStagingBytes = kStoreTokens * 128;  // of which a multiplying warpgroup has two
+
+  // Offsets in shared memory; tiles lie at multiples of 1024 bytes.
+  static constexpr uint32_t w = 0, x = w + kStages * kWBytes, codes = x + kStages * kXBytes,
+                            staging = codes + kDecoders * kCodeChunks * kCodeChunkBytes,
+                            map = staging + kConsumers * 2 * kStagingBytes, full = map + 1024,
+                            empty = full + 8 * kStages, codes_full = empty + 8 * kStages,
+                            codes_empty = codes_full + 8 * kDecoders * kCodeChunks,
+                            last = codes_empty + 8 * kDecoders * kCodeChunks, end = last + 16;
+  static constexpr unsigned kBytes = end + 1024;                   // its beginning is moved to a multiple of 1024
+  static_assert(kBytes <= kSmemBytes && kStages % kCluster == 0);  // a stage is always decoded by the same block
+};
+
+// A ring's place and the parity of its barriers' phase.
+struct Ring {
+  int at;
+  uint32_t parity;
+
+  template <int kSize>
+  __device__ void advance(int by = 1) {
+    at += by;
+    if (at >= kSize) at -= kSize, parity ^= 1;
+  }
+};
+
+// Byte of a tile of 128-byte rows under the 128-byte swizzle.
+__device__ inline uint32_t swizzled(uint32_t row, uint32_t byte) {
+  return row * 128 + ((byte / 16 ^ row % 8) * 16) + byte % 16;
+}
+
+// A seat's chunks, items taken together.
+struct ChunkWalk {
+  int index, chunk, end;  // item; chunk of the depth, one past the item's last
+  int out0, m0;
+  bool more;
+};
+__device__ inline void enter(const Plan& plan, int seat, ChunkWalk& c) {
+  Item item;
+  c.more = find_item(plan, seat, c.index, item);
+  c.chunk = item.first_chunk, c.end = item.first_chunk + item.chunks;
+  c.out0 = item.out0, c.m0 = item.m0;
+}
+__device__ inline void advance(const Plan& plan, int seat, ChunkWalk& c) {
+  if (++c.chunk < c.end || !c.more) return;
+  ++c.index;
+  enter(plan, seat, c);
+}
+
+// --- decoding --------------------------------------------------------------------------------------------------------
+
+// The scales of a lane's rows in a chunk. Double quantised: 8-bit codes, and nested scales; else the scales themselves.
+template <int kOwn>
+struct Scales {
+  uint32_t code[kOwn];  // wide: four steps' codes in the first
+  float scale[kOwn];
+  bool inside[kOwn];
+};
+
+// Which rows and columns of W a lane decodes: its row of the tile is warp * 32 + lane. Forward that is a row of W.
+// Backward a tile is 64 rows of W by two blocks of 64 columns, one below the other.
+template <bool kBackward>
+__device__ inline bool locate(const Problem& p, const ChunkWalk& c, int step, int warp, int lane, uint32_t& block) {
+  const int blocks = p.k / 64;
+  const int row = kBackward ? step * kStep + warp % 2 * 32 + lane : c.out0 + warp * 32 + lane;
+  const int column = kBackward ? c.out0 / 64 + warp / 2 : step;
+  block = static_cast<uint32_t>(row) * static_cast<uint32_t>(blocks) + static_cast<uint32_t>(column);
+  return c.more && row < p.n && column < blocks;
+}
+
+template <bool kBackward, typename C>
+__device__ inline void load_scales(const Problem& p, const ChunkWalk& c, int first, int warp, int lane,
+                                   Scales<C::kOwn>& to) {
+  uint32_t block;
+#pragma unroll
+  for (int o = 0; o < C::kOwn; ++o) {
+    const bool inside = locate<kBackward>(p, c, c.chunk * kChunkSteps + first + C::kSpan * o, warp, lane, block);
+    to.inside[o] = inside, to.code[o] = 0, to.scale[o] = 0.0f;
+    if (!kBackward && p.wide_scales && o > 0) continue;
+    if (!inside) continue;
+    const uint32_t at = block >> p.block_shift;
+    if (p.w.nested_absmax == nullptr) {
+      to.scale[o] = __ldg(static_cast<const float*>(p.w.absmax) + at);
+    } else {
+      to.scale[o] = __ldg(p.w.nested_absmax + at / static_cast<uint32_t>(kNestedBlock));
+      to.code[o] = !kBackward && p.wide_scales
+                       ? __ldg(reinterpret_cast<const uint32_t*>(static_cast<const uint8_t*>(p.w.absmax) + (at & ~3u)))
+                       : __ldg(static_cast<const uint8_t*>(p.w.absmax) + at);
+    }
+  }
+}
+
+// 64 weights into a row of a tile.
+template <typename T>
+__device__ inline void store_decoded(const uint4 (&codes)[2], float scale, uint32_t row_at, uint32_t row) {
+  const LevelTable table = make_level_table<T>(scale);
+  const uint32_t words[8] = {codes[0].x, codes[0].y, codes[0].z, codes[0].w,
+                             codes[1].x, codes[1].y, codes[1].z, codes[1].w};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    uint4 v;
+    look_up(table, words[i], v.x, v.y);
+    look_up(table, words[i] >> 16, v.z, v.w);
+    store_shared(row_at + ((i ^ (row & 7)) << 4), v);
+  }
+}
+
+// --- fetching --------------------------------------------------------------------------------------------------------
+
+// x of one step; for one thread.
+template <typename C>
+__device__ inline void fetch_x(const CUtensorMap* map_x, uint32_t smem, const ChunkWalk& c, int step, int stage,
+                               int rank) {
+  const uint32_t full = smem + C::full + 8 * stage;
+  barrier_arrive_expect(full, C::kXBytes + (stage % C::kCluster == rank ? 0 : C::kWBytes));
+  tma_load(smem + C::x + stage * C::kXBytes, map_x, full, (c.chunk * kChunkSteps + step) * kStep,
+           c.m0 + rank * C::kTokens);
+}
+
+// The codes of a decoder's steps in a chunk; for one thread.
+template <bool kBackward, typename C>
+__device__ inline void fetch_codes(const CUtensorMap* map_w, uint32_t smem, const ChunkWalk& c, int group, int slot,
+                                   int rank) {
+  const int place = group * C::kCodeChunks + slot;
+  const uint32_t full = smem + C::codes_full + 8 * place;
+  barrier_arrive_expect(full, C::kCodeChunkBytes);
+#pragma unroll
+  for (int o = 0; o < C::kOwn; ++o) {
+    const int step = c.chunk * kChunkSteps + C::kCluster * group + rank + C::kSpan * o;
+    const uint32_t to = smem + C::codes + place * C::kCodeChunkBytes + o * C::kCodeBytes;
+    kBackward ? tma_load(to, map_w, full, c.out0 / 2, step * kStep)
+              : tma_load(to, map_w, full, step * (kStep / 2), c.out0);
+  }
+}
+
+// One thread, when it has a warp of its own.
+template <bool kBackward, typename C>
+__device__ void fetch(const CUtensorMap* map_x, const CUtensorMap* map_w, const Problem& p, uint32_t smem, int rank) {
+  const int seat = blockIdx.x / C::kCluster;
+  ChunkWalk here{};
+  enter(p.plan, seat, here);
+  ChunkWalk coming = here;  // the first chunk whose codes are not under way
+  Ring stage{0, 1}, slot{0, 1};
+  const auto codes = [&] {
+    for (int group = 0; group < C::kDecoders; ++group) {
+      barrier_wait(smem + C::codes_empty + 8 * (group * C::kCodeChunks + slot.at), slot.parity);
+      fetch_codes<kBackward, C>(map_w, smem, coming, group, slot.at, rank);
+    }
+    slot.advance<C::kCodeChunks>();
+    advance(p.plan, seat, coming);
+  };
+  for (int i = 1; i < C::kCodeChunks && coming.more; ++i) codes();
+  for (; here.more; advance(p.plan, seat, here)) {
+    if (coming.more) codes();
+    for (int step = 0; step < kChunkSteps; ++step) {
+      barrier_wait(smem + C::empty + 8 * stage.at, stage.parity);
+      fetch_x<C>(map_x, smem, here, step, stage.at, rank);
+      stage.advance<C::kStages>();
+    }
+  }
+}
+
+// One warpgroup. Step i belongs to thread block i % kCluster of the cluster, which decodes it for all of them.
+template <typename T, bool kBackward, typename C>
+__device__ void decode(const CUtensorMap* map_x, const CUtensorMap* map_w, const Problem& p, uint32_t smem,
+                       const float* map, int group, int rank) {
+  constexpr int kOwn = C::kOwn;
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0), lane = threadIdx.x % 32;
+  const int seat = blockIdx.x / C::kCluster, first = C::kCluster * group + rank;
+  const bool nested = p.w.nested_absmax != nullptr, fetches = !C::kFetchWarp && warp == 0;
+  const float offset = nested ? __ldg(p.w.offset) : 0.0f;
+  const uint32_t row = warp * 32 + lane;
+  // This lane's codes under TMA's swizzle of 32 or 64 bytes: two pieces of 16 bytes.
+  const uint32_t code_row = kBackward ? row % 64 : row;
+  const uint32_t code_at = kBackward ? code_row * 64 + ((row / 64 * 2 ^ (code_row / 2 & 3)) << 4)
+                                     : code_row * 32 + ((code_row / 4 & 1) << 4);
+  const uint32_t ring = smem + C::codes + group * C::kCodeChunks * C::kCodeChunkBytes + code_at;
+  const uint32_t codes_full = smem + C::codes_full + 8 * group * C::kCodeChunks;
+  const uint32_t codes_empty = smem + C::codes_empty + 8 * group * C::kCodeChunks;
+
+  ChunkWalk here{};
+  enter(p.plan, seat, here);
+  ChunkWalk next = here, coming = here;  // coming: as in fetch(), only where this warp fetches
+  if (fetches) {
+    for (int slot = 0; slot < C::kCodeChunks && coming.more; ++slot) {
+      if (lane == 0) fetch_codes<kBackward, C>(map_w, smem, coming, group, slot, rank);
+      advance(p.plan, seat, coming);
+    }
+  }
+  Scales<kOwn> scales;
+  load_scales<kBackward, C>(p, next, first, warp, lane, scales);
+
+  const bool wide = !kBackward && p.wide_scales;
+  Ring slot{0, 0}, refill{0, 0}, stage{C::kCluster * group, 1};  // stage: of the span's first step
+  bool begun = false;
+  while (here.more) {
+    barrier_wait(codes_full + 8 * slot.at, slot.parity);
+    uint4 codes[kOwn][2];
+    float scale[kOwn];
+#pragma unroll
+    for (int o = 0; o < kOwn; ++o) {
+      const uint32_t from = ring + slot.at * C::kCodeChunkBytes + o * C::kCodeBytes;
+      codes[o][0] = load_shared(from), codes[o][1] = load_shared(from ^ 16);
+      scale[o] = wide ? scales.scale[0] : scales.scale[o];
+      if (nested) {
+        const uint32_t code = wide ? scales.code[0] >> (8 * (first + C::kSpan * o)) & 255 : scales.code[o];
+        scale[o] = __fadd_rn(mul_ftz(map[code], scale[o]), offset);
+      }
+      if (!scales.inside[o]) scale[o] = 0.0f;
+    }
+    advance(p.plan, seat, next);
+    load_scales<kBackward, C>(p, next, first, warp, lane, scales);
+#pragma unroll
+    for (int o = 0; o < kOwn; ++o) {
+      const int span = C::kStages == kChunkSteps ? C::kCluster * group + C::kSpan * o : stage.at;
+      const auto fetch_own = [&](int which) {
+        barrier_wait(smem + C::empty + 8 * (span + which), stage.parity);
+        if (lane == 0) fetch_x<C>(map_x, smem, here, C::kCluster * group + C::kSpan * o + which, span + which, rank);
+      };
+      if (fetches) {
+        fetch_own(0);
+        if (rank > 0) fetch_own(1);
+      }
+      const int mine = span + rank;
+      const uint32_t full = smem + C::full + 8 * mine, tile = smem + C::w + mine * C::kWBytes;
+      if (!fetches) barrier_wait(smem + C::empty + 8 * mine, stage.parity);
+      store_decoded<T>(codes[o], scale[o], tile + row * 128, row);
+      if constexpr (!C::kReaderFences) fence_async_shared();
+      __syncwarp();
+      if (lane == 0) {
+        barrier_arrive(full);
+        if constexpr (C::kCluster > 1) {
+          const uint32_t rows = tile + warp * (32 * 128);
+          copy_to_remote(shared_of(rank ^ 1, rows), rows, 32 * 128, shared_of(rank ^ 1, full));
+        }
+      }
+      if (fetches) {
+        if (C::kCluster > 1 && rank == 0) fetch_own(1);
+        if (o == 0 && begun && coming.more) {  // the slot of the chunk before, which the other warps have left by now
+          barrier_wait(codes_empty + 8 * refill.at, refill.parity);
+          if (lane == 0) fetch_codes<kBackward, C>(map_w, smem, coming, group, refill.at, rank);
+          advance(p.plan, seat, coming);
+          refill.advance<C::kCodeChunks>();
+        }
+      }
+      if (C::kStages != kChunkSteps) stage.advance<C::kStages>(C::kSpan);
+    }
+    if (C::kStages == kChunkSteps) stage.parity ^= 1;
+    begun = true;
+    __syncwarp();
+    if (lane == 0) barrier_arrive(codes_empty + 8 * slot.at);
+    slot.advance<C::kCodeChunks>();
+    advance(p.plan, seat, here);
+  }
+}
+
+// --- multiplying -----------------------------------------------------------------------------------------------------
+
+// Makes d the sum of a shared unit's parts in the warpgroup that comes last; false in the others. Parts are added as a
+// binary tree in the order of the depth: of the two that meet at a node, the second adds the first's sum to its own,
+// and as a + b = b + a the bits do not depend on who is second. Nobody waits but for what is being written already, so
+// that the grid need not be resident as a whole.
+template <typename C>
+__device__ bool add_parts(const Problem& p, const Item& item, float (&d)[C::kTokens / 2], uint32_t smem, int group,
+                          int rank) {
+  constexpr int kTokens = C::kTokens;
+  const int thread = threadIdx.x % 128, first_slot = item.last_slot - (item.parts - 1);
+  const auto partial = [&](int part) {  // in the order of the accumulators
+    return reinterpret_cast<float4*>(p.workspace + ((first_slot + part) * C::kCluster + rank) * partial_bytes(kTokens) +
+                                     group * (partial_bytes(kTokens) / 2)) +
+           thread;
+  };
+  const uint32_t word = smem + C::last + 4 * group;
+  int lowest = item.part;  // of the parts in d
+  for (int width = 1; width < item.parts; width *= 2) {
+    const int other = lowest ^ width;
+    if (other >= item.parts) continue;
+    // How many have come to the node, whose place is that of its right child's lowest part, and how many have written.
+    const int node = first_slot + (lowest | width);
+    unsigned* counters = p.counters + ((node * C::kCluster + rank) * kConsumers + group) * kCountersEach;
+    if (thread == 0) store_shared_word(word, atomic_increment(counters, 1));
+    named_barrier(1 + group, 128);
+    if (load_shared_word(word) == 0) {
+      float4* mine = partial(lowest);
+#pragma unroll
+      for (int i = 0; i < kTokens / 8; ++i) {
+        __stcg(mine + i * 128, make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]));
+      }
+      named_barrier(1 + group, 128);
+      if (thread == 0) add_release(counters + 1, 1);
+      return false;
+    }
+    if (thread == 0) {
+      while (load_acquire(counters + 1) == 0) {
+      }
+      counters[1] = 0;
+    }
+    named_barrier(1 + group, 128);
+    const float4* from = partial(other);
+#pragma unroll
+    for (int i = 0; i < kTokens / 8; ++i) {
+      const float4 v = __ldcg(from + i * 128);
+      d[4 * i] += v.x, d[4 * i + 1] += v.y, d[4 * i + 2] += v.z, d[4 * i + 3] += v.w;
+      if (i % 8 == 7) __syncwarp();  // as many loads in flight as there are registers for
+    }
+    lowest &= other;
+  }
+  return true;
+}
+
+// `turn` counts this warpgroup's stores.
+template <typename T, typename C>
+__device__ void store(const CUtensorMap* map_y, const Problem& p, int out0, int tile_m0, float (&d)[C::kTokens / 2],
+                      uint32_t smem, int group, int& turn) {
+  constexpr int kTokens = C::kTokens;
+  const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+  out0 += group * 64;
+  if (p.bias != nullptr) {
+    const int row = out0 + warp * 16 + lane / 4;
+    const T* bias = static_cast<const T*>(p.bias);
+    const float low = row < p.plan.out ? to_float(bias[row]) : 0.0f;
+    const float high = row + 8 < p.plan.out ? to_float(bias[row + 8]) : 0.0f;
+#pragma unroll
+    for (int i = 0; i < kTokens / 8; ++i)
+      d[4 * i] += low, d[4 * i + 1] += low, d[4 * i + 2] += high, d[4 * i + 3] += high;
+  }
+  // 64 of out by kStoreTokens at a time, through two staging tiles in turns.
+#pragma unroll
+  for (int part = 0; part < kTokens / C::kStoreTokens; ++part, ++turn) {
+    const uint32_t tile = smem + C::staging + (2 * group + turn % 2) * C::kStagingBytes;
+    if (thread == 0) tma_wait_read<1>();
+    named_barrier(1 + group, 128);
+#pragma unroll
+    for (int j = 0; j < C::kStoreTokens / 16; ++j) {
+      const float* v = d + (part * C::kStoreTokens + 16 * j) / 2;
+      store_matrices_transposed(tile + swizzled(j * 16 + lane / 16 * 8 + lane % 8, (2 * warp + lane / 8 % 2) * 16),
+                                pack_pair<T>(v[0], v[1]), pack_pair<T>(v[2], v[3]), pack_pair<T>(v[4], v[5]),
+                                pack_pair<T>(v[6], v[7]));
+    }
+    fence_async_shared();
+    named_barrier(1 + group, 128);
+    const int m0 = tile_m0 + part * C::kStoreTokens;
+    if (p.store_by_tma) {
+      if (thread == 0) {
+        if (out0 < p.plan.out && m0 < p.plan.m) tma_store(map_y, tile, out0, m0);
+        tma_commit();
+      }
+    } else {
+      for (int i = thread; i < C::kStoreTokens * 64; i += 128) {
+        const int token = m0 + i / 64, o = out0 + i % 64;
+        unsigned short bits;
+        asm volatile("ld.shared.b16 %0, [%1];" : "=h"(bits) : "r"(tile + swizzled(i / 64, i % 64 * 2)));
+        if (token < p.plan.m && o < p.plan.out) {
+          static_cast<unsigned short*>(p.y)[static_cast<int64_t>(token) * p.plan.out + o] = bits;
+        }
+      }
+    }
+  }
+}
+
+template <typename T, bool kBackward, typename C>
+__device__ void multiply(const CUtensorMap* map_y, const Problem& p, uint32_t smem, int group, int rank) {
+  constexpr int kTokens = C::kTokens;
+  const int lane = threadIdx.x % 32;
+  const uint64_t desc_x = wgmma_descriptor(smem + C::x);
+  const uint64_t desc_w = wgmma_descriptor(smem + C::w + group * (C::kWBytes / 2));
+  float d[kTokens / 2];
+  const auto release = [&](int stage) {
+    const uint32_t empty = smem + C::empty + 8 * stage;
+    if (lane == 0) barrier_arrive(empty);
+    if constexpr (C::kCluster > 1) {  // also where this stage is decoded
+      if (lane == 1 && stage % 2 != rank) barrier_arrive_remote(shared_of(rank ^ 1, empty));
+    }
+  };
+  Ring stage{0, 0};
+  int turn = 0;
+  Item item;
+  for (int index = 0; find_item(p.plan, blockIdx.x / C::kCluster, index, item); ++index) {
+    int before = 0;
+    for (int chunk = 0; chunk < item.chunks; ++chunk) {
+#pragma unroll
+      for (int i = 0; i < kChunkSteps; ++i) {
+        const int at = C::kStages == kChunkSteps ? i : stage.at;  // a constant where it can be
+        barrier_wait(smem + C::full + 8 * at, stage.parity);
+        const uint64_t x = desc_x + at * (C::kXBytes >> 4), w = desc_w + at * (C::kWBytes >> 4);
+        if constexpr (C::kReaderFences) fence_async_shared();
+        wgmma_fence();
+#pragma unroll
+        for (int q = 0; q < kStep / 16; ++q) {
+          wgmma<T, kBackward, kTokens>(d, w + kDescriptorStep<kBackward> * q, x + kDescriptorStep<false> * q,
+                                       q > 0 || i > 0 || chunk > 0);
+        }
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (i > 0 || chunk > 0) release(before);
+        before = at;
+        if (C::kStages != kChunkSteps) stage.advance<C::kStages>();
+      }
+      if (C::kStages == kChunkSteps) stage.parity ^= 1;
+    }
+    wgmma_wait<0>();
+    release(before);
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) asm volatile("" : "+f"(d[i])::"memory");  // no use of a sum before the wait
+    if (item.parts > 1 && !add_parts<C>(p, item, d, smem, group, rank)) continue;
+    store<T, C>(map_y, p, item.out0, item.m0 + rank * kTokens, d, smem, group, turn);
+  }
+  if (threadIdx.x % 128 == 0) tma_wait();
+}
+
+// --- kernel ----------------------------------------------------------------------------------------------------------
+
+template <typename T, bool kBackward, int kTokens, int kCluster>
+__global__ void __launch_bounds__(Config<kTokens, kCluster>::kThreads, 1)
+    kernel(const __grid_constant__ CUtensorMap map_x, const __grid_constant__ CUtensorMap map_w,
+           const __grid_constant__ CUtensorMap map_y, const __grid_constant__ Problem p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using C = Config<kTokens, kCluster>;
+  extern __shared__ uint8_t smem_raw[];
+  const uint32_t smem = (shared_offset(smem_raw) + 1023) & ~1023u;
+  float* map = reinterpret_cast<float*>(smem_raw + (smem - shared_offset(smem_raw)) + C::map);
+  const int rank = kCluster == 1 ? 0 : static_cast<int>(cluster_rank());
+  if (threadIdx.x == 0) {
+    tma_prefetch(&map_x);
+    tma_prefetch(&map_w);
+    if (p.store_by_tma) tma_prefetch(&map_y);
+    for (int s = 0; s < C::kStages; ++s) {
+      const bool mine = s % kCluster == rank;
+      // The fetch of x and what the other copies; this block's decoding warps.
+      barrier_init(smem + C::full + 8 * s, mine ? 1 + 4 : 1);
+      barrier_init(smem + C::empty + 8 * s, 4 * kConsumers * (mine ? kCluster : 1));
+    }
+    for (int s = 0; s < C::kDecoders * C::kCodeChunks; ++s) {
+      barrier_init(smem + C::codes_full + 8 * s, 1);
+      barrier_init(smem + C::codes_empty + 8 * s, 4);
+    }
+    barrier_init_fence();
+  }
+  let_next_kernel_start();
+  wait_for_kernel_before();
+  if (p.w.nested_absmax != nullptr && threadIdx.x < 256) map[threadIdx.x] = __ldg(p.w.nested_map + threadIdx.x);
+  __syncthreads();
+  if constexpr (kCluster > 1) cluster_sync();
+
+  const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
+  if (warpgroup < C::kDecoders) {
+    // Registers change hands within the 3 x 168 that the block starts with.
+    if constexpr (kTokens == 256) give_registers<104>();
+    decode<T, kBackward, C>(&map_x, &map_w, p, smem, map, warpgroup, rank);
+  } else if (warpgroup == C::kDecoders + kConsumers) {
+    if (threadIdx.x % 32 == 0) fetch<kBackward, C>(&map_x, &map_w, p, smem, rank);
+  } else {
+    if constexpr (kTokens == 256) take_registers<200>();
+    multiply<T, kBackward, C>(&map_y, p, smem, warpgroup - C::kDecoders, rank);
+  }
+  if constexpr (kCluster > 1) {  // a block's shared memory must outlive the other's last arrival and copy
+    __syncwarp();
+    cluster_sync();
+  }
+#endif
+}
+
+}  // namespace fastpeft::cuda::nf4_tiles

@@ -1,0 +1,182 @@
+// How an NF4 product is cut up for the tile kernel (nf4_linear_tiles_kernel.cuh): pure arithmetic, the same on the
+// host, on the device and in the tests.
+//
+// Names    out, depth: n and k forward (y = x W^T), k and n backward (dx = dy W).
+// Tile     kTileOut rows of out by `tokens` tokens; a step is kStep of the depth, a chunk four steps, the last one
+//          filled up with zeros.
+// Unit     the whole sums of a tile, or of two tiles next to each other in tokens, whose thread blocks form a cluster
+//          and decode half of the weights each. Units follow each other strip by strip (a strip: kTileOut of out), all
+//          tokens of a strip next to each other, in groups of kGroupTokens.
+// Seat     a thread block, or a cluster, of the persistent grid. As many whole waves of units as there are go round the
+//          seats; the `shared` units that are left are laid end to end and divided among the seats in equal shares of
+//          chunks, so that all finish together (stream-K, arXiv 2301.03598); their parts are added by those who come
+//          to a meeting last (add_parts).
+// Item     what a seat does without pause: a unit or a part of one.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "common/host_device.h"
+
+namespace fastpeft::cuda::nf4_tiles {
+
+constexpr int kTileOut = 128;
+constexpr int kStep = 64;
+constexpr int kChunkSteps = 4;
+constexpr int kGroupTokens = 4096;
+constexpr int kSmemBytes = 227 * 1024;  // at most, of a thread block
+constexpr int64_t kMostWorkspace = int64_t{32} << 20;
+constexpr int64_t kMostResident = int64_t{24} << 20;  // of a Hopper's 50 MB of L2
+constexpr int kCountersEach = 2;
+constexpr int kConsumers = 2;  // warpgroups that multiply: each counts the arrivals of its own half of a tile
+
+// Division by a number that the host knows, for numerators below 2^31: a multiplication and a shift.
+// Source: Granlund and Montgomery, "Division by Invariant Integers using Multiplication", PLDI 1994.
+struct Divisor {
+  uint32_t value, multiplier, shift;
+
+  FASTPEFT_HOST_DEVICE int divide(int n) const {
+    const auto m = static_cast<uint32_t>(n);
+    return static_cast<int>(value == 1 ? m : static_cast<uint32_t>((uint64_t{m} * multiplier) >> 32) >> shift);
+  }
+};
+inline Divisor divisor(int value) {
+  Divisor d{static_cast<uint32_t>(value), 0, 0};
+  while ((uint64_t{1} << (d.shift + 1)) < d.value) ++d.shift;
+  if (value > 1) d.multiplier = static_cast<uint32_t>(((uint64_t{1} << (32 + d.shift)) + d.value - 1) / d.value);
+  return d;
+}
+
+struct Plan {
+  int m, out, depth;
+  int tokens, cluster;        // of a tile; tiles of a unit, a thread block each
+  int strips, columns;        // units: strips of out by columns of tokens
+  int group, last_group;      // columns walked together; of the last group
+  int chunks;                 // of the depth
+  int seats;                  // clusters
+  int whole_waves;            // of whole units
+  int shared, shared_chunks;  // units divided among the seats, the first of the walk, and their chunks
+  int share;                  // chunks of them that a seat takes; the last seats may have fewer, or none
+  Divisor by_group_units, by_group, by_last_group, by_chunks, by_share;
+};
+
+struct Item {
+  int out0, m0;  // of the cluster's first tile
+  int first_chunk, chunks;
+  int parts, part;      // of the unit
+  int unit;             // among the shared ones
+  int slot, last_slot;  // of its partial sum; parts lie next to each other, the unit's last in last_slot
+};
+
+FASTPEFT_HOST_DEVICE inline int ceil_divide(int a, int b) { return (a + b - 1) / b; }
+FASTPEFT_HOST_DEVICE inline int smaller(int a, int b) { return a < b ? a : b; }
+
+FASTPEFT_HOST_DEVICE inline void place(const Plan& p, int unit, Item& item) {
+  const int group = p.by_group_units.divide(unit), first = group * p.group;
+  const int in_group = unit - group * static_cast<int>(p.by_group_units.value);
+  const Divisor& size = first + p.group > p.columns ? p.by_last_group : p.by_group;
+  const int strip = size.divide(in_group);
+  item.out0 = strip * kTileOut;
+  item.m0 = (first + in_group - strip * static_cast<int>(size.value)) * p.tokens * p.cluster;
+}
+
+// Item `index` of a seat; false when it has no more. Those of shared units come first (at most two).
+FASTPEFT_HOST_DEVICE inline bool find_item(const Plan& p, int seat, int index, Item& item) {
+  const int begin = smaller(p.share * seat, p.shared_chunks), end = smaller(begin + p.share, p.shared_chunks);
+  const int first_unit = p.by_chunks.divide(begin);
+  const int in_shared = begin == end ? 0 : p.by_chunks.divide(end - 1) - first_unit + 1;
+  if (index >= in_shared) {
+    const int wave = index - in_shared, unit = p.shared + wave * p.seats + seat;
+    if (wave >= p.whole_waves || unit >= p.strips * p.columns) return false;
+    place(p, unit, item);
+    item.first_chunk = 0, item.chunks = p.chunks;
+    item.parts = 1, item.part = 0, item.unit = 0, item.slot = 0, item.last_slot = 0;
+    return true;
+  }
+  item.unit = first_unit + index;
+  place(p, item.unit, item);
+  const int unit_begin = item.unit * p.chunks;
+  const int from = (index == 0 ? begin : unit_begin) - unit_begin, to = smaller(end - unit_begin, p.chunks);
+  item.first_chunk = from, item.chunks = to - from;
+  const int first_seat = p.by_share.divide(unit_begin), last_seat = p.by_share.divide(unit_begin + p.chunks - 1);
+  item.parts = last_seat - first_seat + 1;
+  item.part = seat - first_seat;
+  item.slot = seat + item.unit;
+  item.last_slot = last_seat + item.unit;
+  return true;
+}
+
+inline int grid(const Plan& p) {
+  const int shares = p.shared == 0 ? 0 : ceil_divide(p.shared_chunks, p.share);
+  const int units = p.strips * p.columns - p.shared;
+  return p.cluster * std::max(shares, smaller(p.seats, units));
+}
+FASTPEFT_HOST_DEVICE constexpr int64_t partial_bytes(int tokens) { return int64_t{4} * kTileOut * tokens; }
+// One for each part of a shared unit.
+inline int slots(const Plan& p) { return p.shared == 0 ? 0 : ceil_divide(p.shared_chunks, p.share) + p.shared - 1; }
+inline int64_t workspace_bytes(const Plan& p) { return slots(p) * p.cluster * partial_bytes(p.tokens); }
+inline int counters(const Plan& p) { return slots(p) * p.cluster * kConsumers * kCountersEach; }
+
+// --- choice ----------------------------------------------------------------------------------------------------------
+
+// Fixed cycles of an item, and of adding up parts (bench/LOG.md, 2026-11-26).
+struct Tile {
+  int tokens, cluster;
+  double step_cycles;  // measured (bench/LOG.md, 2026-11-26)
+};
+// Those that are compiled.
+constexpr Tile kTiles[] = {{32, 1, 690}, {64, 1, 700}, {128, 1, 820}, {128, 2, 760}, {256, 1, 1500}, {256, 2, 1100}};
+constexpr double kItemCycles = 1500, kSharedCycles = 8000, kSharedCyclesPerToken = 64;
+
+struct Choice {
+  Plan plan;
+  double cycles;
+};
+
+inline void set_sharing(Plan& p, int whole_waves, int shared) {
+  p.whole_waves = whole_waves, p.shared = shared, p.shared_chunks = shared * p.chunks;
+  p.share = ceil_divide(p.shared_chunks, p.seats);
+  p.by_share = divisor(std::max(1, p.share));
+}
+
+inline Choice choose_sharing(Plan p, double step) {
+  const int units = p.strips * p.columns;
+  set_sharing(p, ceil_divide(units, p.seats), 0);
+  Choice best{p, p.whole_waves * (p.chunks * kChunkSteps * step + kItemCycles)};
+  // The units beyond the last full wave, alone or with a wave of whole ones.
+  for (int waves = units / p.seats; waves >= 0 && waves >= units / p.seats - 1; --waves) {
+    set_sharing(p, waves, units - waves * p.seats);
+    // Seats at different depths read different parts of x: all of it then has to stay in L2.
+    if (waves > 0 && int64_t{2} * p.m * p.depth > kMostResident) continue;
+    if (p.shared == 0 || p.shared_chunks < p.seats || p.chunks > (1 << 15) || workspace_bytes(p) > kMostWorkspace)
+      continue;
+    const double cycles = waves * (p.chunks * kChunkSteps * step + kItemCycles) + p.share * kChunkSteps * step +
+                          kItemCycles + kSharedCycles + kSharedCyclesPerToken * p.tokens;
+    if (cycles < best.cycles) best = {p, cycles};
+  }
+  return best;
+}
+
+inline Plan plan_for(int m, int out, int depth, int sms, int tokens, int cluster) {
+  Plan p{};
+  p.m = m, p.out = out, p.depth = depth, p.tokens = tokens, p.cluster = cluster, p.seats = sms / cluster;
+  p.strips = ceil_divide(out, kTileOut), p.columns = ceil_divide(m, tokens * cluster);
+  p.group = ceil_divide(p.columns, ceil_divide(p.columns, std::max(1, kGroupTokens / (tokens * cluster))));
+  p.last_group = p.columns - (ceil_divide(p.columns, p.group) - 1) * p.group;
+  p.chunks = ceil_divide(depth, kStep * kChunkSteps);
+  p.by_group_units = divisor(p.group * p.strips), p.by_group = divisor(p.group);
+  p.by_last_group = divisor(p.last_group), p.by_chunks = divisor(p.chunks);
+  return p;
+}
+
+inline Plan make_plan(int m, int out, int depth, int sms) {
+  Choice best{{}, 1e30};
+  for (const Tile& tile : kTiles) {
+    const Choice choice = choose_sharing(plan_for(m, out, depth, sms, tile.tokens, tile.cluster), tile.step_cycles);
+    if (choice.cycles < best.cycles) best = choice;
+  }
+  return best.plan;
+}
+
+}  // namespace fastpeft::cuda::nf4_tiles
