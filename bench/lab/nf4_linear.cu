@@ -119,7 +119,7 @@ tiles::Plan plan_of(const Case& c, int tokens = 0, int cluster = 1, bool whole =
   return plan;
 }
 NF4LinearArgs args_of(const Case& c, const Weight& w, const void* x, const void* bias, void* y, DType dtype) {
-  return {w.view, c.transposed, x, bias, y, dtype, c.m, c.n, c.k, g_workspace, 34 << 20, g_counters, 0};
+  return {w.view, c.transposed, x, bias, y, dtype, c.m, c.n, c.k, g_workspace, 34 << 20, g_counters, true};
 }
 
 // --- check -----------------------------------------------------------------------------------------------------------

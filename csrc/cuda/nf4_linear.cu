@@ -22,7 +22,7 @@ void launch_decode(const NF4LinearArgs& args, const NF4LinearPlan& plan, const C
          Grid{.blocks = static_cast<unsigned>(plan.decode.blocks),
               .threads = 32 * kWarps,
               .smem_bytes = static_cast<unsigned>(plan.decode.smem_bytes),
-              .overlap_launch = device_limits().architecture >= 90},
+              .overlap_launch = device_limits().wgmma},
          context, problem);
 }
 
@@ -51,7 +51,7 @@ void nf4_linear(const NF4LinearArgs& args, const Context& context) {
   check(args.w.numel == args.n * args.k, "nf4_linear: the weight has ", args.w.numel, " elements; n x k is ", args.n,
         " x ", args.k);
   DeviceLimits limits = device_limits();
-  if (args.architecture > 0) limits.architecture = std::min(limits.architecture, args.architecture);
+  limits.wgmma = limits.wgmma && args.wgmma;
   const bool nested = args.w.nested_absmax != nullptr;
   const NF4LinearPlan plan =
       nf4_linear_plan({args.m, args.n, args.k, args.transposed, args.w.block_size, args.dtype,

@@ -155,7 +155,7 @@ inline NF4LinearPlan nf4_linear_plan(const NF4LinearSizes& s, const DeviceLimits
     }
   }
   if (odd.empty() && s.transposed && s.n % 8 != 0) odd = concat("n is ", s.n, ", no multiple of 8");
-  if (odd.empty() && device.architecture == 90 && device.smem_bytes >= nf4_tiles::kSmemBytes) {
+  if (odd.empty() && device.wgmma && device.smem_bytes >= nf4_tiles::kSmemBytes) {
     plan.kernel = NF4LinearKernel::kTiles;
     plan.tiles = nf4_tiles::make_plan(m, s.transposed ? k : n, s.transposed ? n : k, device.sms);
     plan.workspace_bytes = nf4_tiles::workspace_bytes(plan.tiles);
@@ -165,7 +165,8 @@ inline NF4LinearPlan nf4_linear_plan(const NF4LinearSizes& s, const DeviceLimits
                          plan.tiles.shared, " shared units");
     return plan;
   }
-  if (odd.empty()) odd = concat("compute capability ", device.architecture);
+  if (odd.empty())
+    odd = concat("compute capability ", device.architecture, device.architecture == 90 ? ", built without sm_90a" : "");
   if (s.m >= kMmaTokens && s.n * s.k * 2 <= kMostDecodedBytes) return dequantise(concat("m is ", s.m, ", ", odd));
   if (device.smem_bytes < kMmaSmemBytes)
     return dequantise(concat("only ", device.smem_bytes, " bytes of shared memory"));

@@ -67,11 +67,13 @@ def nf4_linear_plan(
 
 
 @cache
-def device_limits(device: torch.device) -> tuple[int, int, int]:
-    """Compute capability (90 for 9.0), multiprocessors, and bytes of shared memory a thread block may have."""
+def device_limits(device: torch.device) -> tuple[int, int, int, bool]:
+    """Compute capability (90 for 9.0), multiprocessors, shared memory in bytes, and whether wgmma can be used."""
     found = torch.cuda.get_device_properties(device)
     smem_bytes: int = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return 10 * found.major + found.minor, found.multi_processor_count, smem_bytes
+    architecture = 10 * found.major + found.minor
+    wgmma = architecture == 90 and "90a" in build_info()["cuda_archs"].split(",")
+    return architecture, found.multi_processor_count, smem_bytes, wgmma
 
 
 _COUNTER_WORDS = 1 << 18
@@ -97,7 +99,7 @@ def counters(words: int, device: torch.device) -> Tensor:
         torch.cuda.synchronize(device)
     key = (index, torch._C._cuda_getCurrentRawStream(index))
     if key not in _counters or _counters[key].numel() < words:
-        _counters[key] = torch.zeros(max(words, 1024), dtype=torch.int32, device=device)
+        _counters[key] = torch.zeros(max(words, 2048), dtype=torch.int32, device=device)
     return _counters[key]
 
 

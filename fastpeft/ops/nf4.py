@@ -234,7 +234,7 @@ def _from_codes(
         native.address(workspace),
         plan.workspace_bytes,
         native.address(counters),
-        native.device_limits(x2d.device)[0],
+        native.device_limits(x2d.device)[-1],
     )
     return y
 

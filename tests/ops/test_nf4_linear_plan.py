@@ -9,13 +9,14 @@ import torch
 
 from fastpeft.ops.native import _C, LinearPlan, dtype_number
 
-# (compute capability, multiprocessors, shared memory a thread block may have)
+# (compute capability, multiprocessors, shared memory a thread block may have, wgmma)
 DEVICES = {
-    "turing": (75, 68, 65_536),
-    "a100": (80, 108, 166_912),
-    "rtx3090": (86, 82, 101_376),
-    "rtx4090": (89, 128, 101_376),
-    "h100": (90, 132, 232_448),
+    "turing": (75, 68, 65_536, False),
+    "a100": (80, 108, 166_912, False),
+    "rtx3090": (86, 82, 101_376, False),
+    "rtx4090": (89, 128, 101_376, False),
+    "h100": (90, 132, 232_448, True),
+    "h100-without-sm90a": (90, 132, 232_448, False),
 }
 HERE = {
     "m": 1,
@@ -87,6 +88,7 @@ def test_more_tokens_go_by_tiles_on_hopper(changed: dict[str, object], tile: str
         ({"transposed": True, "n": 100}, "n is 100, no multiple of 8"),
         ({"n": 1 << 29, "k": 1024}, "more than 2^31 blocks of 64"),
         ({"m": 17, "device": "a100"}, "compute capability 80"),
+        ({"m": 17, "device": "h100-without-sm90a"}, "compute capability 90, built without sm_90a"),
         ({"transposed": True, "device": "rtx4090"}, "compute capability 89"),
         ({"m": 4096, "n": 8192, "device": "a100"}, "compute capability 80"),
     ],
@@ -121,7 +123,7 @@ def test_workspace_is_at_most_32_mb(m: int, shape: tuple[int, int], transposed: 
     chosen = plan(m=m, n=shape[0], k=shape[1], transposed=transposed)
     assert chosen.kernel == "tiles"
     assert chosen.workspace_bytes <= 32 << 20
-    assert chosen.counters <= 1024
+    assert chosen.counters <= 2048
 
 
 @pytest.mark.parametrize("sms", [132, 114, 78])

@@ -31,7 +31,7 @@ def architecture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """The kernels of this GPU, then those that an A100 would take."""
     if request.param == "ampere":
         real = native.device_limits
-        monkeypatch.setattr(native, "device_limits", lambda device: (80, *real(device)[1:]))
+        monkeypatch.setattr(native, "device_limits", lambda device: (80, *real(device)[1:3], False))
     return str(request.param)
 
 

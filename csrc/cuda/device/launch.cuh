@@ -47,10 +47,16 @@ inline DeviceLimits device_limits() {
   const std::lock_guard lock(mutex);
   const auto found = known.find(device);
   if (found != known.end()) return found->second;
-  const DeviceLimits limits{10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
-                                device_attribute(cudaDevAttrComputeCapabilityMinor, device),
-                            device_attribute(cudaDevAttrMultiProcessorCount, device),
-                            device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
+#ifdef FASTPEFT_WITH_SM_90A
+  constexpr bool kWithSm90a = true;
+#else
+  constexpr bool kWithSm90a = false;
+#endif
+  const int architecture = 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                           device_attribute(cudaDevAttrComputeCapabilityMinor, device);
+  const DeviceLimits limits{architecture, device_attribute(cudaDevAttrMultiProcessorCount, device),
+                            device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+                            architecture == 90 && kWithSm90a};
   return known.emplace(device, limits).first->second;
 }
 

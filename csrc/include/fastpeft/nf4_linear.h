@@ -20,7 +20,7 @@ struct NF4LinearArgs {
   void* workspace;  // 16-byte aligned, of what the plan asks for
   int64_t workspace_bytes;
   unsigned* counters;  // as many as the plan asks for: zero, and zero again afterwards
-  int architecture;    // the plan may use at most this compute capability; 0: the device's own
+  bool wgmma;          // false: as if the device had none
 };
 
 namespace cuda {
