@@ -37,7 +37,7 @@ def build_info() -> dict[str, Any]:
     """Say how the native core was built.
 
     Returns:
-        ``version``, ``cuda`` (compiled or not), ``cuda_version``, ``cuda_archs``, ``compiler`` and ``cpu_features``
+        ``version``, ``cuda`` (compiled or not), ``cuda_version``, ``cuda_archs`` (such as 80, 90a and ptx90), ``compiler`` and ``cpu_features``
         (the vector units in use here).
     """
     return dict(_C.build_info())
@@ -72,7 +72,7 @@ def device_limits(device: torch.device) -> tuple[int, int, int, bool]:
     found = torch.cuda.get_device_properties(device)
     smem_bytes: int = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
     architecture = 10 * found.major + found.minor
-    wgmma = architecture == 90 and "90a" in build_info()["cuda_archs"].split(",")
+    wgmma = architecture == 90 and "90a" in build_info()["cuda_archs"]
     return architecture, found.multi_processor_count, smem_bytes, wgmma
 
 
