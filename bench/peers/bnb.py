@@ -91,6 +91,14 @@ def linear4bit(w: Tensor) -> torch.nn.Module:
 
 
 def adamw32bit(params: Sequence[torch.nn.Parameter], **hyper: Any) -> torch.optim.Optimizer:
-    """AdamW with fp32 state on the GPU."""
-    optimizer: torch.optim.Optimizer = require("bitsandbytes").optim.AdamW32bit(list(params), **hyper)
+    """AdamW with fp32 state on the GPU; its steps, which run on the default stream, in order with the caller's."""
+    params = list(params)
+    optimizer: torch.optim.Optimizer = require("bitsandbytes").optim.AdamW32bit(params, **hyper)
+    step = optimizer.step
+
+    def ordered_step() -> None:
+        with _ordered(params[0].device):
+            step()
+
+    optimizer.step = ordered_step  # type: ignore[method-assign, assignment]
     return optimizer
