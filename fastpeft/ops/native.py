@@ -37,8 +37,8 @@ def build_info() -> dict[str, Any]:
     """Say how the native core was built.
 
     Returns:
-        ``version``, ``cuda`` (compiled or not), ``cuda_version``, ``cuda_archs`` (such as 80, 90a and ptx90), ``compiler`` and ``cpu_features``
-        (the vector units in use here).
+        ``version``, ``cuda`` (compiled or not), ``cuda_version``, ``cuda_archs`` (a list such as 80, 90a, ptx90),
+        ``compiler`` and ``cpu_features`` (the vector units in use here).
     """
     return dict(_C.build_info())
 
