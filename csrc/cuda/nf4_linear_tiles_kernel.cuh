@@ -61,17 +61,16 @@ struct Config {
   static constexpr int kCodeChunks = kTokens == 128 && kCluster == 1 ? 3 : 2;  // a decoder's ring of codes, in chunks
   // Who makes the decoded tile visible to wgmma: the multiplying warps, unless the decoding ones must for the copy.
   static constexpr bool kReaderFences = kCluster == 1;
-  static constexpr int kStoreTokens = 32;  // of a store of y
+  static constexpr int kStoreTokens = kTokens < 64 ? kTokens : 64;  // of a store of y
   static constexpr uint32_t kXBytes = kTokens * kStep * 2, kWBytes = kTileOut * kStep * 2;
   static constexpr uint32_t kCodeBytes = kWBytes / 4, kCodeChunkBytes = kOwn * kCodeBytes;
-  static constexpr uint32_t kStagingBytes = kStoreTokens * 128;  // of which a multiplying warpgroup has two
+  static constexpr uint32_t kStagingBytes = kStoreTokens * 128;  // of a multiplying warpgroup
 
   // Offsets in shared memory; tiles lie at multiples of 1024 bytes.
   static constexpr uint32_t w = 0, x = w + kStages * kWBytes, codes = x + kStages * kXBytes,
                             staging = codes + kDecoders * kCodeChunks * kCodeChunkBytes,
-                            map = staging + kConsumers * 2 * kStagingBytes, full = map + 1024,
-                            empty = full + 8 * kStages, codes_full = empty + 8 * kStages,
-                            codes_empty = codes_full + 8 * kDecoders * kCodeChunks,
+                            map = staging + kConsumers * kStagingBytes, full = map + 1024, empty = full + 8 * kStages,
+                            codes_full = empty + 8 * kStages, codes_empty = codes_full + 8 * kDecoders * kCodeChunks,
                             last = codes_empty + 8 * kDecoders * kCodeChunks, end = last + 16;
   static constexpr unsigned kBytes = end + 1024;                   // its beginning is moved to a multiple of 1024
   static_assert(kBytes <= kSmemBytes && kStages % kCluster == 0);  // a stage is always decoded by the same block
@@ -373,10 +372,9 @@ __device__ bool add_parts(const Problem& p, const Item& item, float (&d)[C::kTok
   return true;
 }
 
-// `turn` counts this warpgroup's stores.
 template <typename T, typename C>
 __device__ void store(const CUtensorMap* map_y, const Problem& p, int out0, int tile_m0, float (&d)[C::kTokens / 2],
-                      uint32_t smem, int group, int& turn) {
+                      uint32_t smem, int group) {
   constexpr int kTokens = C::kTokens;
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   out0 += group * 64;
@@ -389,11 +387,11 @@ __device__ void store(const CUtensorMap* map_y, const Problem& p, int out0, int 
     for (int i = 0; i < kTokens / 8; ++i)
       d[4 * i] += low, d[4 * i + 1] += low, d[4 * i + 2] += high, d[4 * i + 3] += high;
   }
-  // 64 of out by kStoreTokens at a time, through two staging tiles in turns.
+  // 64 of out by kStoreTokens at a time. Two tiles of half the size, in turns, were slower: twice the barriers.
+  const uint32_t tile = smem + C::staging + group * C::kStagingBytes;
 #pragma unroll
-  for (int part = 0; part < kTokens / C::kStoreTokens; ++part, ++turn) {
-    const uint32_t tile = smem + C::staging + (2 * group + turn % 2) * C::kStagingBytes;
-    if (thread == 0) tma_wait_read<1>();
+  for (int part = 0; part < kTokens / C::kStoreTokens; ++part) {
+    if (thread == 0) tma_wait_read<0>();
     named_barrier(1 + group, 128);
 #pragma unroll
     for (int j = 0; j < C::kStoreTokens / 16; ++j) {
@@ -438,7 +436,6 @@ __device__ void multiply(const CUtensorMap* map_y, const Problem& p, uint32_t sm
     }
   };
   Ring stage{0, 0};
-  int turn = 0;
   Item item;
   for (int index = 0; find_item(p.plan, blockIdx.x / C::kCluster, index, item); ++index) {
     int before = 0;
@@ -468,7 +465,7 @@ __device__ void multiply(const CUtensorMap* map_y, const Problem& p, uint32_t sm
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) asm volatile("" : "+f"(d[i])::"memory");  // no use of a sum before the wait
     if (item.parts > 1 && !add_parts<C>(p, item, d, smem, group, rank)) continue;
-    store<T, C>(map_y, p, item.out0, item.m0 + rank * kTokens, d, smem, group, turn);
+    store<T, C>(map_y, p, item.out0, item.m0 + rank * kTokens, d, smem, group);
   }
   if (threadIdx.x % 128 == 0) tma_wait();
 }
