@@ -87,7 +87,6 @@ def test_info_without_a_native_core_says_so():
         (["86"], (8, 0), False),
         (["90a"], (9, 0), True),
         (["80"], (9, 0), False),
-        (["native"], (12, 0), True),
         ([], (9, 0), False),
     ],
 )

@@ -261,8 +261,7 @@ void nf4_quantize_scales(const NF4QuantizeScalesArgs& args, const Context& conte
 void nf4_dequantize(const NF4DequantizeArgs& args, const Context& context) {
   check_nf4_dequantize(args);
   check_codes("nf4_dequantize", args.w.codes);
-  int block_shift = 0;
-  while ((int64_t{1} << block_shift) < args.w.block_size) ++block_shift;
+  const int block_shift = log2_of(args.w.block_size);
   dispatch("nf4_dequantize", args.dtype, [&](auto zero) {
     using T = decltype(zero);
     launch([&] { return concat("nf4_dequantize of elements ", args.begin, " to ", args.end); },

@@ -51,7 +51,7 @@ inline NF4DecodeProblem nf4_decode_problem(const NF4View& w, const void* x, cons
                                            int k, const nf4_decode::Plan& plan) {
   NF4DecodeProblem p{};
   p.w = w, p.x = x, p.bias = bias, p.y = y, p.m = m, p.n = n, p.k = k;
-  while ((int64_t{1} << p.block_shift) < w.block_size) ++p.block_shift;
+  p.block_shift = log2_of(w.block_size);
   const int units = static_cast<int>(ceil_div(n, nf4_decode::kUnit));
   p.block_units = units / plan.blocks, p.blocks_with_one_more = units % plan.blocks;
   p.group_rows = nf4_decode::kUnit * plan.group_units;

@@ -353,8 +353,7 @@ void choose_tile(const Problem& p, bool fast, const Context& context) {
 
 // The plan has seen to sizes below 2^30: indices of a tile past the end stay within 32 bits.
 inline Problem make_problem(const NF4LinearArgs& args, bool backward) {
-  int block_shift = 0;
-  while ((int64_t{1} << block_shift) < args.w.block_size) ++block_shift;
+  const int block_shift = log2_of(args.w.block_size);
   const bool paired = (backward ? args.k : args.n) % 2 == 0 && reinterpret_cast<uintptr_t>(args.y) % 4 == 0;
   return {args.w,
           args.x,

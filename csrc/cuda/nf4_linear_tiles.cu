@@ -54,7 +54,7 @@ void launch_kernel(const NF4LinearArgs& args, const nf4_tiles::Plan& plan, const
   p.plan = plan;
   p.w = args.w;
   p.n = static_cast<int>(args.n), p.k = static_cast<int>(args.k);
-  while ((int64_t{64} << p.block_shift) < args.w.block_size) ++p.block_shift;
+  p.block_shift = log2_of(args.w.block_size / 64);
   p.bias = args.bias;
   p.y = args.y;
   p.store_by_tma = plan.out % 8 == 0 && is_aligned(args.y);

@@ -5,15 +5,15 @@
 //              backward out = k, depth = n, by reading the same decoded rows as an MN-major operand: nothing is
 //              transposed.
 // Plan     A persistent grid, a thread block an SM, its items from nf4_linear_tiles_plan.h. TMA brings x and the codes.
-//          One or two warpgroups decode: a lane takes 64 weights of a row, that share a scale, looks them up in its
+//          One to four warpgroups decode: a lane takes 64 weights of a row, that share a scale, looks them up in its
 //          registers and stores them as 128 bytes of a swizzled tile, which costs shared memory no more than TMA of
 //          16-bit weights would. Two warpgroups multiply, 64 of out each (wgmma, both operands in shared memory).
 //          Two thread blocks with neighbouring tokens form a cluster: each decodes every second step and copies the
 //          tile to the other, so that decoding stays below the time of multiplying, and costs half the energy.
 //          Decoding in the registers of the multiplying warps, and decoding once into a ring in L2, were slower
 //          (bench/LOG.md, 2026-11-25 and 2026-11-26).
-//          256 tokens take 128 accumulators a thread and leave registers for one decoding warpgroup; fewer tokens have
-//          two, which take turns, since then reading and decoding limit.
+//          256 tokens take 128 accumulators a thread and leave registers for one decoding warpgroup; 128 tokens have
+//          two and fewer have four, which take turns, since then decoding limits.
 // Numerics level times scale in float32, rounded once to T (as nf4_dequantize); sums in float32; one rounding to T.
 //          Shared units are summed in a tree of their parts, whoever comes last: runs are equal to the bit.
 // Source   wgmma and its layouts: PTX ISA 9.7.15; division of the depth: stream-K (arXiv 2301.03598).

@@ -63,7 +63,7 @@ def build_supports(archs: Sequence[str], capability: tuple[int, int]) -> bool:
     """Whether CUDA code compiled for ``archs`` runs on a GPU.
 
     Args:
-        archs: as ``ops.build_info()["cuda_archs"]`` has them: "80", "90a", "ptx90", or "native".
+        archs: as ``ops.build_info()["cuda_archs"]`` has them: "80", "90a" or "ptx90".
         capability: the GPU's, such as ``(9, 0)``.
     Source:
         CUDA C++ Programming Guide, "Application Compatibility": binaries run within a major version, upwards; those
@@ -72,8 +72,6 @@ def build_supports(archs: Sequence[str], capability: tuple[int, int]) -> bool:
     number = 10 * capability[0] + capability[1]
 
     def runs(arch: str) -> bool:
-        if arch == "native":
-            return True
         if arch.startswith("ptx"):
             return number >= int(arch[3:])
         if arch.endswith("a"):
