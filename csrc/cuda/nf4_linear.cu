@@ -53,10 +53,10 @@ void nf4_linear(const NF4LinearArgs& args, const Context& context) {
   DeviceLimits limits = device_limits();
   limits.wgmma = limits.wgmma && args.wgmma;
   const bool nested = args.w.nested_absmax != nullptr;
-  const NF4LinearPlan plan =
-      nf4_linear_plan({args.m, args.n, args.k, args.transposed, args.w.block_size, args.dtype,
-                       is_aligned(args.x) && is_aligned(args.w.codes), nested && is_aligned(args.w.absmax)},
-                      limits);
+  const NF4LinearPlan plan = nf4_linear_plan(
+      {args.m, args.n, args.k, args.transposed, args.w.block_size, args.dtype,
+       is_aligned(args.x) && is_aligned(args.w.codes), nested && is_aligned(args.w.absmax), args.adapter.r},
+      limits);
   check(args.workspace_bytes >= plan.workspace_bytes, "nf4_linear: the workspace has ", args.workspace_bytes,
         " bytes; ", plan.reason, " needs ", plan.workspace_bytes);
   check(args.counters != nullptr || plan.counters == 0, "nf4_linear: ", plan.reason, " needs counters");

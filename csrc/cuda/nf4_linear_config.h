@@ -105,6 +105,7 @@ struct NF4LinearSizes {
   DType dtype;
   bool aligned;         // x and the codes lie at 16-byte boundaries
   bool aligned_scales;  // the scales are of 8 bits and do so too
+  int64_t rank = 0;     // of an adapter that takes part, a multiple of 8; 0: none
 };
 
 enum class NF4LinearKernel : int { kDequantise, kDecode, kTiles, kMma };
@@ -145,7 +146,8 @@ inline NF4LinearPlan nf4_linear_plan(const NF4LinearSizes& s, const DeviceLimits
     odd = "more than 2^31 blocks of 64";
   }
   const int m = static_cast<int>(s.m), n = static_cast<int>(s.n), k = static_cast<int>(s.k);
-  if (odd.empty() && !s.transposed && s.m <= nf4_decode::kMostTokens) {
+  if (s.rank > nf4_tiles::kMostRank) return dequantise(concat("an adapter of rank ", s.rank));
+  if (odd.empty() && !s.transposed && s.m <= nf4_decode::kMostTokens && s.rank == 0) {
     plan.decode = nf4_decode::make_plan(m, n, k, s.aligned_scales && s.block_size == 64, device);
     if (plan.decode.smem_bytes > 0) {
       plan.kernel = NF4LinearKernel::kDecode;
@@ -157,16 +159,18 @@ inline NF4LinearPlan nf4_linear_plan(const NF4LinearSizes& s, const DeviceLimits
   if (odd.empty() && s.transposed && s.n % 8 != 0) odd = concat("n is ", s.n, ", no multiple of 8");
   if (odd.empty() && device.wgmma && device.smem_bytes >= nf4_tiles::kSmemBytes) {
     plan.kernel = NF4LinearKernel::kTiles;
-    plan.tiles = nf4_tiles::make_plan(m, s.transposed ? k : n, s.transposed ? n : k, device.sms);
+    plan.tiles = nf4_tiles::make_plan(m, s.transposed ? k : n, s.transposed ? n : k, device.sms,
+                                      s.rank > 0 ? nf4_tiles::kAdapterTokens : 0);
     plan.workspace_bytes = nf4_tiles::workspace_bytes(plan.tiles);
     plan.counters = nf4_tiles::counters(plan.tiles);
     plan.reason = concat("tiles: ", nf4_tiles::kTileOut, " x ", plan.tiles.tokens, ", clusters of ", plan.tiles.cluster,
                          ", ", nf4_tiles::grid(plan.tiles), " blocks, ", plan.tiles.whole_waves, " whole waves, ",
-                         plan.tiles.shared, " shared units");
+                         plan.tiles.shared, " shared units", s.rank > 0 ? concat(", rank ", s.rank) : "");
     return plan;
   }
   if (odd.empty())
     odd = concat("compute capability ", device.architecture, device.architecture == 90 ? ", built without sm_90a" : "");
+  if (s.rank > 0) return dequantise("an adapter, " + odd);
   if (s.m >= kMmaTokens && s.n * s.k * 2 <= kMostDecodedBytes) return dequantise(concat("m is ", s.m, ", ", odd));
   if (device.smem_bytes < kMmaSmemBytes)
     return dequantise(concat("only ", device.smem_bytes, " bytes of shared memory"));

@@ -1,4 +1,4 @@
-// The tile kernel's launcher: a file of its own, as its sixteen instances take a while to compile.
+// The tile kernel's launchers: files of their own, as its instances take a while to compile.
 #pragma once
 
 #include "cuda/nf4_linear_tiles_plan.h"
@@ -8,5 +8,8 @@ namespace fastpeft::cuda {
 
 // On a device of compute capability 9.0; sizes and alignment as nf4_linear_plan has checked them.
 void nf4_linear_tiles(const NF4LinearArgs& args, const nf4_tiles::Plan& plan, const Context& context);
+
+// The same where args.adapter is set.
+void nf4_linear_tiles_adapter(const NF4LinearArgs& args, const nf4_tiles::Plan& plan, const Context& context);
 
 }  // namespace fastpeft::cuda

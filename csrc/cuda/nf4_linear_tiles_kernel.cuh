@@ -12,6 +12,7 @@
 //          tile to the other, so that decoding stays below the time of multiplying, and costs half the energy.
 //          Decoding in the registers of the multiplying warps, and decoding once into a ring in L2, were slower
 //          (bench/LOG.md, 2026-11-25 and 2026-11-26).
+//          An adapter's low-rank product joins the sums: nf4_linear_tiles_adapter.cuh.
 //          256 tokens take 128 accumulators a thread and leave registers for one decoding warpgroup; 128 tokens have
 //          two and fewer have four, which take turns, since then decoding limits.
 // Numerics level times scale in float32, rounded once to T (as nf4_dequantize); sums in float32; one rounding to T.
@@ -26,6 +27,7 @@
 #include "cuda/device/nf4_decode.cuh"
 #include "cuda/device/numbers.cuh"
 #include "cuda/device/ptx.cuh"
+#include "cuda/nf4_linear_tiles_adapter.cuh"
 #include "cuda/nf4_linear_tiles_plan.h"
 #include "fastpeft/nf4.h"
 
@@ -44,9 +46,11 @@ struct Problem {
   unsigned* counters;  // zero, and left so
 };
 
-template <int kTokens_, int kCluster_>
+template <int kTokens_, int kCluster_, bool kAdapter_ = false>
 struct Config {
   static constexpr int kTokens = kTokens_, kCluster = kCluster_;
+  static constexpr bool kAdapter = kAdapter_;
+  using AdapterOrNone = std::conditional_t<kAdapter, Adapter, NoAdapter>;
   static constexpr int kDecoders = kTokens == 256 ? 1 : kTokens == 128 ? 2 : 4;  // warpgroups
   static constexpr int kSpan = kCluster * kDecoders;  // steps from one of a decoder to its next
   static constexpr int kOwn = kChunkSteps / kSpan;    // steps of a decoder in a chunk
@@ -93,22 +97,35 @@ __device__ inline uint32_t swizzled(uint32_t row, uint32_t byte) {
   return row * 128 + ((byte / 16 ^ row % 8) * 16) + byte % 16;
 }
 
-// A seat's chunks, items taken together.
+// A seat's chunks, items taken together. The adapter's chunk follows the last of the depth.
 struct ChunkWalk {
   int index, chunk, end;  // item; chunk of the depth, one past the item's last
   int out0, m0;
   bool more;
 };
+template <typename C>
 __device__ inline void enter(const Plan& plan, int seat, ChunkWalk& c) {
   Item item;
   c.more = find_item(plan, seat, c.index, item);
   c.chunk = item.first_chunk, c.end = item.first_chunk + item.chunks;
+  if (C::kAdapter && c.end == plan.chunks) ++c.end;
   c.out0 = item.out0, c.m0 = item.m0;
 }
+template <typename C>
 __device__ inline void advance(const Plan& plan, int seat, ChunkWalk& c) {
   if (++c.chunk < c.end || !c.more) return;
   ++c.index;
-  enter(plan, seat, c);
+  enter<C>(plan, seat, c);
+}
+template <typename C>
+__device__ inline bool is_adapter(const Plan& plan, const ChunkWalk& c) {
+  return C::kAdapter && c.more && c.chunk == plan.chunks;
+}
+// To the next chunk that has codes.
+template <typename C>
+__device__ inline void advance_codes(const Plan& plan, int seat, ChunkWalk& c) {
+  advance<C>(plan, seat, c);
+  if (is_adapter<C>(plan, c)) advance<C>(plan, seat, c);
 }
 
 // --- decoding --------------------------------------------------------------------------------------------------------
@@ -181,6 +198,24 @@ __device__ inline void fetch_x(const CUtensorMap* map_x, uint32_t smem, const Ch
            c.m0 + rank * C::kTokens);
 }
 
+// The adapter's xa and matrix for one step of its chunk, or nothing: chunks have as many steps as stages are walked by,
+// whatever the rank. For one thread; every thread block fetches its own.
+template <bool kBackward, typename C>
+__device__ inline void fetch_adapter(const Adapter& adapter, uint32_t smem, const ChunkWalk& c, int step, int stage,
+                                     int rank) {
+  const uint32_t full = smem + C::full + 8 * stage, w = smem + C::w + stage * C::kWBytes;
+  if (step * kStep >= adapter.r) return barrier_arrive(full);
+  if (adapter.early) wait_for_kernel_before();
+  barrier_arrive_expect(full, C::kXBytes + C::kWBytes);
+  tma_load(smem + C::x + stage * C::kXBytes, &adapter.xa, full, step * kStep, c.m0 + rank * C::kTokens);
+  if constexpr (kBackward) {  // rows follow the rank, as those of W follow the depth: two blocks of 64 columns
+    tma_load(w, &adapter.factor, full, c.out0, step * kStep);
+    tma_load(w + C::kWBytes / 2, &adapter.factor, full, c.out0 + 64, step * kStep);
+  } else {
+    tma_load(w, &adapter.factor, full, step * kStep, c.out0);
+  }
+}
+
 // The codes of a decoder's steps in a chunk; for one thread.
 template <bool kBackward, typename C>
 __device__ inline void fetch_codes(const CUtensorMap* map_w, uint32_t smem, const ChunkWalk& c, int group, int slot,
@@ -199,10 +234,11 @@ __device__ inline void fetch_codes(const CUtensorMap* map_w, uint32_t smem, cons
 
 // One thread, when it has a warp of its own.
 template <bool kBackward, typename C>
-__device__ void fetch(const CUtensorMap* map_x, const CUtensorMap* map_w, const Problem& p, uint32_t smem, int rank) {
+__device__ void fetch(const CUtensorMap* map_x, const CUtensorMap* map_w, const typename C::AdapterOrNone& adapter,
+                      const Problem& p, uint32_t smem, int rank) {
   const int seat = blockIdx.x / C::kCluster;
   ChunkWalk here{};
-  enter(p.plan, seat, here);
+  enter<C>(p.plan, seat, here);
   ChunkWalk coming = here;  // the first chunk whose codes are not under way
   Ring stage{0, 1}, slot{0, 1};
   const auto codes = [&] {
@@ -211,14 +247,23 @@ __device__ void fetch(const CUtensorMap* map_x, const CUtensorMap* map_w, const 
       fetch_codes<kBackward, C>(map_w, smem, coming, group, slot.at, rank);
     }
     slot.advance<C::kCodeChunks>();
-    advance(p.plan, seat, coming);
+    advance_codes<C>(p.plan, seat, coming);
   };
   for (int i = 1; i < C::kCodeChunks && coming.more; ++i) codes();
-  for (; here.more; advance(p.plan, seat, here)) {
-    if (coming.more) codes();
+  for (; here.more; advance<C>(p.plan, seat, here)) {
+    const bool of_adapter = is_adapter<C>(p.plan, here);
+    if (coming.more && !of_adapter) codes();
     for (int step = 0; step < kChunkSteps; ++step) {
       barrier_wait(smem + C::empty + 8 * stage.at, stage.parity);
-      fetch_x<C>(map_x, smem, here, step, stage.at, rank);
+      if constexpr (C::kAdapter) {
+        if (of_adapter) {
+          fetch_adapter<kBackward, C>(adapter, smem, here, step, stage.at, rank);
+        } else {
+          fetch_x<C>(map_x, smem, here, step, stage.at, rank);
+        }
+      } else {
+        fetch_x<C>(map_x, smem, here, step, stage.at, rank);
+      }
       stage.advance<C::kStages>();
     }
   }
@@ -226,8 +271,8 @@ __device__ void fetch(const CUtensorMap* map_x, const CUtensorMap* map_w, const 
 
 // One warpgroup. Step i belongs to thread block i % kCluster of the cluster, which decodes it for all of them.
 template <typename T, bool kBackward, typename C>
-__device__ void decode(const CUtensorMap* map_x, const CUtensorMap* map_w, const Problem& p, uint32_t smem,
-                       const float* map, int group, int rank) {
+__device__ void decode(const CUtensorMap* map_x, const CUtensorMap* map_w, const typename C::AdapterOrNone& adapter,
+                       const Problem& p, uint32_t smem, const float* map, int group, int rank) {
   constexpr int kOwn = C::kOwn;
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0), lane = threadIdx.x % 32;
   const int seat = blockIdx.x / C::kCluster, first = C::kCluster * group + rank;
@@ -243,12 +288,12 @@ __device__ void decode(const CUtensorMap* map_x, const CUtensorMap* map_w, const
   const uint32_t codes_empty = smem + C::codes_empty + 8 * group * C::kCodeChunks;
 
   ChunkWalk here{};
-  enter(p.plan, seat, here);
+  enter<C>(p.plan, seat, here);
   ChunkWalk next = here, coming = here;  // coming: as in fetch(), only where this warp fetches
   if (fetches) {
     for (int slot = 0; slot < C::kCodeChunks && coming.more; ++slot) {
       if (lane == 0) fetch_codes<kBackward, C>(map_w, smem, coming, group, slot, rank);
-      advance(p.plan, seat, coming);
+      advance_codes<C>(p.plan, seat, coming);
     }
   }
   Scales<kOwn> scales;
@@ -258,6 +303,32 @@ __device__ void decode(const CUtensorMap* map_x, const CUtensorMap* map_w, const
   Ring slot{0, 0}, refill{0, 0}, stage{C::kCluster * group, 1};  // stage: of the span's first step
   bool begun = false;
   while (here.more) {
+    if constexpr (C::kAdapter) {
+      if (is_adapter<C>(p.plan, here)) {  // nothing to decode: the steps are passed on as they come
+#pragma unroll
+        for (int o = 0; o < kOwn; ++o) {
+          const int span = C::kStages == kChunkSteps ? C::kCluster * group + C::kSpan * o : stage.at;
+          const int step = C::kCluster * group + C::kSpan * o;
+          const auto fetch_own = [&](int which) {
+            barrier_wait(smem + C::empty + 8 * (span + which), stage.parity);
+            if (lane == 0) fetch_adapter<kBackward, C>(adapter, smem, here, step + which, span + which, rank);
+          };
+          if (fetches) {
+            fetch_own(0);
+            if (rank > 0) fetch_own(1);
+          } else {
+            barrier_wait(smem + C::empty + 8 * (span + rank), stage.parity);
+          }
+          __syncwarp();
+          if (lane == 0) barrier_arrive(smem + C::full + 8 * (span + rank));
+          if (fetches && C::kCluster > 1 && rank == 0) fetch_own(1);
+          if (C::kStages != kChunkSteps) stage.advance<C::kStages>(C::kSpan);
+        }
+        if (C::kStages == kChunkSteps) stage.parity ^= 1;
+        advance<C>(p.plan, seat, here);
+        continue;
+      }
+    }
     barrier_wait(codes_full + 8 * slot.at, slot.parity);
     uint4 codes[kOwn][2];
     float scale[kOwn];
@@ -272,7 +343,7 @@ __device__ void decode(const CUtensorMap* map_x, const CUtensorMap* map_w, const
       }
       if (!scales.inside[o]) scale[o] = 0.0f;
     }
-    advance(p.plan, seat, next);
+    advance_codes<C>(p.plan, seat, next);
     load_scales<kBackward, C>(p, next, first, warp, lane, scales);
 #pragma unroll
     for (int o = 0; o < kOwn; ++o) {
@@ -303,7 +374,7 @@ __device__ void decode(const CUtensorMap* map_x, const CUtensorMap* map_w, const
         if (o == 0 && begun && coming.more) {  // the slot of the chunk before, which the other warps have left by now
           barrier_wait(codes_empty + 8 * refill.at, refill.parity);
           if (lane == 0) fetch_codes<kBackward, C>(map_w, smem, coming, group, refill.at, rank);
-          advance(p.plan, seat, coming);
+          advance_codes<C>(p.plan, seat, coming);
           refill.advance<C::kCodeChunks>();
         }
       }
@@ -314,7 +385,7 @@ __device__ void decode(const CUtensorMap* map_x, const CUtensorMap* map_w, const
     __syncwarp();
     if (lane == 0) barrier_arrive(codes_empty + 8 * slot.at);
     slot.advance<C::kCodeChunks>();
-    advance(p.plan, seat, here);
+    advance<C>(p.plan, seat, here);
   }
 }
 
@@ -373,8 +444,8 @@ __device__ bool add_parts(const Problem& p, const Item& item, float (&d)[C::kTok
 }
 
 template <typename T, typename C>
-__device__ void store(const CUtensorMap* map_y, const Problem& p, int out0, int tile_m0, float (&d)[C::kTokens / 2],
-                      uint32_t smem, int group) {
+__device__ void store(const CUtensorMap* map_y, const Problem& p, bool add, int out0, int tile_m0,
+                      float (&d)[C::kTokens / 2], uint32_t smem, int group) {
   constexpr int kTokens = C::kTokens;
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   out0 += group * 64;
@@ -405,7 +476,13 @@ __device__ void store(const CUtensorMap* map_y, const Problem& p, int out0, int 
     const int m0 = tile_m0 + part * C::kStoreTokens;
     if (p.store_by_tma) {
       if (thread == 0) {
-        if (out0 < p.plan.out && m0 < p.plan.m) tma_store(map_y, tile, out0, m0);
+        if (out0 < p.plan.out && m0 < p.plan.m) {
+          if (C::kAdapter && add) {
+            tma_add(map_y, tile, out0, m0);
+          } else {
+            tma_store(map_y, tile, out0, m0);
+          }
+        }
         tma_commit();
       }
     } else {
@@ -421,8 +498,38 @@ __device__ void store(const CUtensorMap* map_y, const Problem& p, int out0, int 
   }
 }
 
+// One step of the adapter's chunk with dropout, `pieces` times 16 of the rank: d += keep * (w x^T) / (1 - p). By
+// mma.sync, whose sums lie as wgmma's do: a second place for wgmma's would have the compiler serialise them all.
+template <typename T, typename C>
+__device__ inline void multiply_masked(uint32_t w, uint32_t x, int pieces, const MaskBits<C::kTokens>& mask,
+                                       float keep_scale, float (&d)[C::kTokens / 2]) {
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const int first = lane / 16 * 8 + lane % 8, second = lane / 8 % 2;  // of this lane's row of four matrices
+#pragma unroll 1
+  for (int q = 0; q < pieces; ++q) {
+    uint32_t a[4];  // 16 of out by 16 of the rank
+    load_matrices<true>(a, w + swizzled(q * 16 + first, (warp * 16 + second * 8) * 2));
+#pragma unroll
+    for (int j = 0; j < C::kTokens / 16; ++j) {
+      uint32_t b[4];  // 16 tokens by 16 of the rank
+      load_matrices<false>(b, x + swizzled(j * 16 + first, q * 32 + second * 16));
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float e[4] = {};
+        mma_m16n8k16<T>(e, a, b[2 * half], b[2 * half + 1]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int at = 8 * j + 4 * half + i;
+          if (mask.keeps(at)) d[at] += e[i] * keep_scale;
+        }
+      }
+    }
+  }
+}
+
 template <typename T, bool kBackward, typename C>
-__device__ void multiply(const CUtensorMap* map_y, const Problem& p, uint32_t smem, int group, int rank) {
+__device__ void multiply(const CUtensorMap* map_y, const typename C::AdapterOrNone& adapter, const Problem& p,
+                         uint32_t smem, int group, int rank) {
   constexpr int kTokens = C::kTokens;
   const int lane = threadIdx.x % 32;
   const uint64_t desc_x = wgmma_descriptor(smem + C::x);
@@ -437,9 +544,27 @@ __device__ void multiply(const CUtensorMap* map_y, const Problem& p, uint32_t sm
   };
   Ring stage{0, 0};
   Item item;
+  [[maybe_unused]] MaskBits<kTokens> mask;
   for (int index = 0; find_item(p.plan, blockIdx.x / C::kCluster, index, item); ++index) {
     int before = 0;
-    for (int chunk = 0; chunk < item.chunks; ++chunk) {
+    [[maybe_unused]] const bool ends = C::kAdapter && item.first_chunk + item.chunks == p.plan.chunks;
+    [[maybe_unused]] bool masked = false;
+    if constexpr (C::kAdapter && kBackward) {
+      masked = ends && adapter.threshold != 0;
+      if (masked) {
+        const int warp = threadIdx.x / 32 % 4;
+        mask.start(item.m0 + rank * kTokens, item.out0 + group * 64 + warp * 16, p.plan.out, lane);
+      }
+    }
+    [[maybe_unused]] const auto draw = [&] {
+      if constexpr (C::kAdapter && kBackward) {
+        if (masked && mask.calls < mask.kCalls) mask.draw(p.plan.out, adapter.seed, adapter.threshold, lane);
+      }
+    };
+    // The adapter's chunk is one more, left after the last step that has something of the rank.
+    const int chunks = item.chunks + (C::kAdapter && ends && !masked ? 1 : 0);
+    int left = 0;  // steps of it that follow
+    for (int chunk = 0; chunk < chunks; ++chunk) {
 #pragma unroll
       for (int i = 0; i < kChunkSteps; ++i) {
         const int at = C::kStages == kChunkSteps ? i : stage.at;  // a constant where it can be
@@ -451,33 +576,73 @@ __device__ void multiply(const CUtensorMap* map_y, const Problem& p, uint32_t sm
         for (int q = 0; q < kStep / 16; ++q) {
           wgmma<T, kBackward, kTokens>(d, w + kDescriptorStep<kBackward> * q, x + kDescriptorStep<false> * q,
                                        q > 0 || i > 0 || chunk > 0);
+          if (C::kAdapter && i == 0 && q == 0 && chunk == item.chunks && adapter.r <= 16) break;
         }
         wgmma_commit();
+        draw();
         wgmma_wait<1>();
         if (i > 0 || chunk > 0) release(before);
         before = at;
         if (C::kStages != kChunkSteps) stage.advance<C::kStages>();
+        if (C::kAdapter && chunk == item.chunks && (i + 1) * kStep >= adapter.r) {
+          left = kChunkSteps - 1 - i;
+          goto done;
+        }
       }
       if (C::kStages == kChunkSteps) stage.parity ^= 1;
     }
+  done:
     wgmma_wait<0>();
     release(before);
+    if constexpr (C::kAdapter) {
+      if constexpr (kBackward) {
+        if (masked) {
+          while (mask.calls < mask.kCalls) draw();
+#pragma unroll
+          for (int i = 0; i < kTokens / 2; ++i) asm volatile("" : "+f"(d[i])::"memory");
+#pragma unroll 1
+          for (int step = 0; step * kStep < adapter.r; ++step) {
+            const int at = C::kStages == kChunkSteps ? step : stage.at;
+            barrier_wait(smem + C::full + 8 * at, stage.parity);
+            multiply_masked<T, C>(
+                smem + C::w + at * C::kWBytes + group * (C::kWBytes / 2), smem + C::x + at * C::kXBytes,
+                smaller(ceil_divide(adapter.r - step * kStep, 16), kStep / 16), mask, adapter.keep_scale, d);
+            release(at);
+            if (C::kStages != kChunkSteps) stage.advance<C::kStages>();
+            left = kChunkSteps - 1 - step;
+          }
+        }
+      }
+      if (ends) {
+        for (; left > 0; --left) {
+          const int at = C::kStages == kChunkSteps ? kChunkSteps - left : stage.at;
+          barrier_wait(smem + C::full + 8 * at, stage.parity);
+          release(at);
+          if (C::kStages != kChunkSteps) stage.advance<C::kStages>();
+        }
+        if (C::kStages == kChunkSteps) stage.parity ^= 1;
+      }
+    }
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) asm volatile("" : "+f"(d[i])::"memory");  // no use of a sum before the wait
     if (item.parts > 1 && !add_parts<C>(p, item, d, smem, group, rank)) continue;
-    store<T, C>(map_y, p, item.out0, item.m0 + rank * kTokens, d, smem, group);
+    bool add = false;
+    if constexpr (C::kAdapter) add = adapter.add_to_y;
+    store<T, C>(map_y, p, add, item.out0, item.m0 + rank * kTokens, d, smem, group);
   }
   if (threadIdx.x % 128 == 0) tma_wait();
 }
 
 // --- kernel ----------------------------------------------------------------------------------------------------------
 
-template <typename T, bool kBackward, int kTokens, int kCluster>
+template <typename T, bool kBackward, int kTokens, int kCluster, bool kAdapter>
 __global__ void __launch_bounds__(Config<kTokens, kCluster>::kThreads, 1)
     kernel(const __grid_constant__ CUtensorMap map_x, const __grid_constant__ CUtensorMap map_w,
-           const __grid_constant__ CUtensorMap map_y, const __grid_constant__ Problem p) {
+           const __grid_constant__ CUtensorMap map_y,
+           const __grid_constant__ typename Config<kTokens, kCluster, kAdapter>::AdapterOrNone adapter,
+           const __grid_constant__ Problem p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using C = Config<kTokens, kCluster>;
+  using C = Config<kTokens, kCluster, kAdapter>;
   extern __shared__ uint8_t smem_raw[];
   const uint32_t smem = (shared_offset(smem_raw) + 1023) & ~1023u;
   float* map = reinterpret_cast<float*>(smem_raw + (smem - shared_offset(smem_raw)) + C::map);
@@ -486,6 +651,7 @@ __global__ void __launch_bounds__(Config<kTokens, kCluster>::kThreads, 1)
     tma_prefetch(&map_x);
     tma_prefetch(&map_w);
     if (p.store_by_tma) tma_prefetch(&map_y);
+    if constexpr (kAdapter) tma_prefetch(&adapter.xa), tma_prefetch(&adapter.factor);
     for (int s = 0; s < C::kStages; ++s) {
       const bool mine = s % kCluster == rank;
       // The fetch of x and what the other copies; this block's decoding warps.
@@ -499,7 +665,9 @@ __global__ void __launch_bounds__(Config<kTokens, kCluster>::kThreads, 1)
     barrier_init_fence();
   }
   let_next_kernel_start();
-  wait_for_kernel_before();
+  bool early = false;
+  if constexpr (kAdapter) early = adapter.early;
+  if (!early) wait_for_kernel_before();
   if (p.w.nested_absmax != nullptr && threadIdx.x < 256) map[threadIdx.x] = __ldg(p.w.nested_map + threadIdx.x);
   __syncthreads();
   if constexpr (kCluster > 1) cluster_sync();
@@ -507,15 +675,16 @@ __global__ void __launch_bounds__(Config<kTokens, kCluster>::kThreads, 1)
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
   if (warpgroup < C::kDecoders) {
     // Registers change hands within the 3 x 168 that the block starts with.
-    if constexpr (kTokens == 256) give_registers<104>();
-    decode<T, kBackward, C>(&map_x, &map_w, p, smem, map, warpgroup, rank);
+    if constexpr (kTokens == 256) give_registers<kAdapter ? 120 : 104>();
+    decode<T, kBackward, C>(&map_x, &map_w, adapter, p, smem, map, warpgroup, rank);
   } else if (warpgroup == C::kDecoders + kConsumers) {
-    if (threadIdx.x % 32 == 0) fetch<kBackward, C>(&map_x, &map_w, p, smem, rank);
+    if (threadIdx.x % 32 == 0) fetch<kBackward, C>(&map_x, &map_w, adapter, p, smem, rank);
   } else {
-    if constexpr (kTokens == 256) take_registers<200>();
-    multiply<T, kBackward, C>(&map_y, p, smem, warpgroup - C::kDecoders, rank);
+    if constexpr (kTokens == 256) take_registers<kAdapter ? 192 : 200>();
+    multiply<T, kBackward, C>(&map_y, adapter, p, smem, warpgroup - C::kDecoders, rank);
   }
-  if constexpr (kCluster > 1) {  // a block's shared memory must outlive the other's last arrival and copy
+  if (early) wait_for_kernel_before();  // so that who waits for this kernel has waited for the one before
+  if constexpr (kCluster > 1) {         // a block's shared memory must outlive the other's last arrival and copy
     __syncwarp();
     cluster_sync();
   }

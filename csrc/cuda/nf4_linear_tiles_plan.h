@@ -29,6 +29,8 @@ constexpr int kSmemBytes = 227 * 1024;  // at most, of a thread block
 constexpr int64_t kMostWorkspace = int64_t{32} << 20;
 constexpr int64_t kMostResident = int64_t{24} << 20;  // of a Hopper's 50 MB of L2
 constexpr int kCountersEach = 2;
+constexpr int kMostRank = kStep * kChunkSteps;  // of an adapter: one chunk
+constexpr int kAdapterTokens = 256;             // of the tiles that take one: the others have no registers for it
 constexpr int kConsumers = 2;  // warpgroups that multiply: each counts the arrivals of its own half of a tile
 
 // Division by a number that the host knows, for numerators below 2^31: a multiplication and a shift.
@@ -170,9 +172,10 @@ inline Plan plan_for(int m, int out, int depth, int sms, int tokens, int cluster
   return p;
 }
 
-inline Plan make_plan(int m, int out, int depth, int sms) {
+inline Plan make_plan(int m, int out, int depth, int sms, int least_tokens = 0) {
   Choice best{{}, 1e30};
   for (const Tile& tile : kTiles) {
+    if (tile.tokens < least_tokens) continue;
     const Choice choice = choose_sharing(plan_for(m, out, depth, sms, tile.tokens, tile.cluster), tile.step_cycles);
     if (choice.cycles < best.cycles) best = choice;
   }

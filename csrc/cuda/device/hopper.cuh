@@ -101,6 +101,12 @@ __device__ inline void tma_store(const CUtensorMap* map, uint32_t from, int colu
                "r"(column), "r"(row)
                : "memory");
 }
+// Adds to what lies there, in the map's type.
+__device__ inline void tma_add(const CUtensorMap* map, uint32_t from, int column, int row) {
+  asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+               "r"(from), "r"(column), "r"(row)
+               : "memory");
+}
 __device__ inline void tma_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 template <int kPending>  // groups whose source may still be read
 __device__ inline void tma_wait_read() {

@@ -9,6 +9,19 @@
 
 namespace fastpeft {
 
+// A low-rank adapter whose product joins that of the base: y += xa B^T, with B times the adapter's scale, and, if
+// transposed, y += drop(xa A). Its matrices are of the dtype of x, their rank rounded up to a multiple of 8 with zeros.
+struct NF4LinearAdapter {
+  int64_t r = 0;                 // 0: none
+  const void* xa = nullptr;      // [m, r]
+  int64_t xa_pitch = 0;          // elements from one row of xa to the next
+  const void* factor = nullptr;  // B times the scale, [n, r]; if transposed A, [r, k]
+  double p = 0.0;                // of dropout, if transposed
+  uint64_t seed = 0;
+  bool add_to_y = false;  // y is added to: what was there, and the product, are both rounded
+  bool early = false;     // the call before on this stream is the one that makes xa, by a kernel that lets others start
+};
+
 struct NF4LinearArgs {
   NF4View w;         // of an (n, k) weight
   bool transposed;   // the second product: the gradient by the input
@@ -21,6 +34,7 @@ struct NF4LinearArgs {
   int64_t workspace_bytes;
   unsigned* counters;  // as many as the plan asks for: zero, and zero again afterwards
   bool wgmma;          // false: as if the device had none
+  NF4LinearAdapter adapter{};
 };
 
 namespace cuda {
