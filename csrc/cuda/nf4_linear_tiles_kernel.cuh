@@ -664,10 +664,16 @@ __global__ void __launch_bounds__(Config<kTokens, kCluster>::kThreads, 1)
     }
     barrier_init_fence();
   }
-  let_next_kernel_start();
   bool early = false;
-  if constexpr (kAdapter) early = adapter.early;
-  if (!early) wait_for_kernel_before();
+  if constexpr (kAdapter) {
+    early = adapter.early;
+    if (!early)
+      wait_for_kernel_before();  // first: what starts beside this kernel relies on it (LoraGradientArgs::beside)
+    let_next_kernel_start();
+  } else {
+    let_next_kernel_start();
+    wait_for_kernel_before();
+  }
   if (p.w.nested_absmax != nullptr && threadIdx.x < 256) map[threadIdx.x] = __ldg(p.w.nested_map + threadIdx.x);
   __syncthreads();
   if constexpr (kCluster > 1) cluster_sync();

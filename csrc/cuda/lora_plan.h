@@ -1,0 +1,83 @@
+// How the small products of a LoRA linear are cut up: pure arithmetic on the host.
+#pragma once
+
+#include <algorithm>
+
+#include "common/integer.h"
+#include "cuda/device_limits.h"
+#include "fastpeft/lora.h"
+
+namespace fastpeft::cuda {
+
+namespace lora_xa {
+constexpr int kTokens = 128;  // of a tile: eight warps of 16
+constexpr int kChunk = 64;    // of the depth
+constexpr int kMostRank = 192;
+
+struct Plan {
+  int tiles, cluster;  // of tokens; thread blocks that divide the depth
+  int chunks;          // of the depth, of a thread block
+  int blocks;
+};
+inline Plan make_plan(int64_t m, int64_t k, int64_t most_blocks, const DeviceLimits& device) {
+  const int chunks = static_cast<int>(ceil_div(k, kChunk));
+  Plan p{static_cast<int>(ceil_div(m, kTokens)), 1, chunks, 0};
+  const int64_t room = most_blocks > 0 ? std::min<int64_t>(most_blocks, device.sms) : device.sms;
+  if (device.wgmma) {
+    while (p.cluster < 8 && 2 * p.cluster <= chunks && p.tiles * 2 * p.cluster <= room) p.cluster *= 2;
+    // Where other thread blocks fill in beside, pairs leave pairs free.
+    if (most_blocks > 0 && p.cluster == 1 && chunks > 1) p.cluster = 2;
+  }
+  p.chunks = static_cast<int>(ceil_div(chunks, p.cluster));
+  p.blocks = p.tiles * p.cluster;
+  if (most_blocks > 0)
+    p.blocks = static_cast<int>(std::min<int64_t>(p.blocks, std::max<int64_t>(1, room / p.cluster) * p.cluster));
+  return p;
+}
+}  // namespace lora_xa
+
+namespace lora_dy {
+constexpr int kColumns = 512;  // of dy, of a thread block
+constexpr int kTokens = 32;    // of a step
+constexpr int kMostRank = 64;
+
+// Partial sums: dxa of each block of columns, dB of each slab of tokens.
+struct Plan {
+  int column_blocks, slabs;
+  int slab_tokens;
+};
+inline Plan make_plan(int64_t m, int64_t n, const DeviceLimits& device) {
+  Plan p{};
+  p.column_blocks = static_cast<int>(ceil_div(n, kColumns));
+  const int64_t most = std::max<int64_t>(1, device.sms / p.column_blocks);
+  p.slab_tokens = static_cast<int>(ceil_div(ceil_div(m, most), kTokens) * kTokens);
+  p.slabs = static_cast<int>(ceil_div(m, p.slab_tokens));
+  return p;
+}
+constexpr int64_t stored_rank(int64_t r) { return std::min<int64_t>(ceil_div(r, 16) * 16, kMostRank); }
+inline int64_t workspace_bytes(const Plan& p, int64_t m, int64_t n, int64_t r) {
+  return 4 * stored_rank(r) * (p.column_blocks * m + p.slabs * n);
+}
+}  // namespace lora_dy
+
+namespace lora_da {
+constexpr int kColumns = 256;  // of x, of a thread block
+constexpr int kTokens = 32;    // of a step
+constexpr int kMostRank = 64;
+
+struct Plan {
+  int column_blocks, cluster;  // thread blocks of a cluster divide the tokens
+  int slab_tokens;
+};
+inline Plan make_plan(int64_t m, int64_t k, int64_t rank, const DeviceLimits& device) {
+  Plan p{static_cast<int>(ceil_div(k, kColumns)), 1, 0};
+  const int room = (rank > 32 ? 1 : 2) * device.sms;
+  if (device.wgmma) {
+    while (p.cluster < 8 && p.column_blocks * 2 * p.cluster <= room && 2 * p.cluster * kTokens <= m) p.cluster *= 2;
+  }
+  p.slab_tokens = static_cast<int>(ceil_div(ceil_div(m, p.cluster), kTokens) * kTokens);
+  return p;
+}
+}  // namespace lora_da
+
+}  // namespace fastpeft::cuda
