@@ -4,111 +4,14 @@
 //   nf4_linear quick                         the small ones of them, for compute-sanitizer
 //   nf4_linear time CUBLAS [m ...]           microseconds of graph replays over rotated weights, next to cuBLAS's bf16
 //   nf4_linear sweep CUBLAS [m ...]          the same, for each width of tile and with and without shared units
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-#include <dlfcn.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <string>
-#include <vector>
-
-#include "cuda/device/launch.cuh"
-#include "cuda/device/numbers.cuh"
+//   nf4_linear lora [CUBLAS [m ...]]         LoRA linears: checks, then times (lora.cu)
 #include "cuda/nf4_linear_tiles.h"
-#include "fastpeft/nf4.h"
-#include "fastpeft/nf4_linear.h"
+#include "lab.cuh"
 
-using namespace fastpeft;
-using namespace fastpeft::cuda;
 namespace tiles = fastpeft::cuda::nf4_tiles;
 
-#define CK FASTPEFT_CUDA_CHECK
+int lora(const char* cublas_path, std::vector<int> ms);  // lora.cu
 
-// --- data ------------------------------------------------------------------------------------------------------------
-__host__ __device__ inline uint32_t hash(uint32_t x) {
-  x ^= x >> 16, x *= 0x7feb352du, x ^= x >> 15, x *= 0x846ca68bu, x ^= x >> 16;
-  return x;
-}
-template <typename T>
-__global__ void fill_normal(T* p, size_t count, uint32_t seed, float scale) {  // sum of four uniforms
-  for (size_t i = blockIdx.x * size_t{256} + threadIdx.x; i < count; i += size_t{256} * gridDim.x) {
-    const uint32_t a = hash(static_cast<uint32_t>(i) * 2 + seed), b = hash(a ^ 0x9e3779b9u);
-    const float v = ((a & 0xffff) + (a >> 16) + (b & 0xffff) + (b >> 16)) * (1.0f / 65536.0f) - 2.0f;
-    p[i] = from_float<T>(v * 1.7320508f * scale);
-  }
-}
-__global__ void fill_bytes(uint8_t* p, size_t count, uint32_t seed) {
-  for (size_t i = blockIdx.x * size_t{256} + threadIdx.x; i < count; i += size_t{256} * gridDim.x) {
-    p[i] = static_cast<uint8_t>(hash(static_cast<uint32_t>(i) + seed));
-  }
-}
-template <typename T>
-T* allocate(size_t count) {
-  void* p;
-  CK(cudaMalloc(&p, count * sizeof(T)));
-  return static_cast<T*>(p);
-}
-
-struct Weight {
-  NF4View view;
-  void* decoded[2];  // by dtype: fp16, bf16; null until asked for
-  int n, k;
-};
-
-Weight make_weight(int n, int k, int block_size, bool nested, uint32_t seed) {
-  const int64_t numel = int64_t{n} * k, blocks = (numel + block_size - 1) / block_size, outer = (blocks + 255) / 256;
-  uint8_t* codes = allocate<uint8_t>((numel + 1) / 2);
-  fill_bytes<<<1024, 256>>>(codes, (numel + 1) / 2, seed);
-  Weight w{{codes, nullptr, nullptr, nullptr, nullptr, numel, block_size}, {}, n, k};
-  if (nested) {
-    uint8_t* absmax = allocate<uint8_t>(blocks);
-    fill_bytes<<<1024, 256>>>(absmax, blocks, seed + 1);
-    std::vector<float> map(256), scales(outer);
-    for (int i = 0; i < 256; ++i) map[i] = (i - 128) / 128.0f;
-    for (int64_t i = 0; i < outer; ++i) scales[i] = 0.2f + 0.3f * (hash(seed + 7 * i) & 0xffff) / 65536.0f;
-    const float offset = 0.9f;
-    float *dmap = allocate<float>(256), *dscales = allocate<float>(outer), *doffset = allocate<float>(1);
-    CK(cudaMemcpy(dmap, map.data(), 1024, cudaMemcpyHostToDevice));
-    CK(cudaMemcpy(dscales, scales.data(), 4 * outer, cudaMemcpyHostToDevice));
-    CK(cudaMemcpy(doffset, &offset, 4, cudaMemcpyHostToDevice));
-    w.view.absmax = absmax, w.view.nested_absmax = dscales, w.view.nested_map = dmap, w.view.offset = doffset;
-  } else {
-    float* absmax = allocate<float>(blocks);
-    fill_normal<<<1024, 256>>>(absmax, blocks, seed + 1, 1.0f);
-    w.view.absmax = absmax;
-  }
-  return w;
-}
-void* decoded(Weight& w, DType dtype) {
-  void*& to = w.decoded[dtype == DType::kBFloat16];
-  if (to == nullptr) {
-    to = allocate<uint16_t>(w.view.numel);
-    cuda::nf4_dequantize({w.view, 0, w.view.numel, to, dtype}, {});
-  }
-  return to;
-}
-void release(Weight& w) {
-  for (const void* p :
-       {static_cast<const void*>(w.view.codes), w.view.absmax, static_cast<const void*>(w.view.nested_absmax),
-        static_cast<const void*>(w.view.nested_map), static_cast<const void*>(w.view.offset),
-        static_cast<const void*>(w.decoded[0]), static_cast<const void*>(w.decoded[1])}) {
-    cudaFree(const_cast<void*>(p));
-  }
-}
-
-void* g_workspace;
-unsigned* g_counters;
-
-struct Case {
-  int m, n, k;
-  bool transposed;
-};
 // tokens 0: the plan's own choice; whole: nothing shared.
 tiles::Plan plan_of(const Case& c, int tokens = 0, int cluster = 1, bool whole = false) {
   const int out = c.transposed ? c.k : c.n, depth = c.transposed ? c.n : c.k, sms = device_limits().sms;
@@ -224,43 +127,11 @@ int check(bool quick) {
 }
 
 // --- time ------------------------------------------------------------------------------------------------------------
-struct Cublas {
-  void* handle = nullptr;
-  int (*gemm_ex)(void*, int, int, int, int, int, const void*, const void*, int, int, const void*, int, int, const void*,
-                 void*, int, int, int, int) = nullptr;
-  Cublas(const char* path, cudaStream_t stream) {
-    std::string dir(path);
-    dir = dir.substr(0, dir.rfind('/'));
-    for (const char* lt : {"/libcublasLt.so.13", "/libcublasLt.so.12"}) {
-      if (dlopen((dir + lt).c_str(), RTLD_NOW | RTLD_GLOBAL)) break;
-    }
-    void* lib = dlopen(path, RTLD_NOW | RTLD_GLOBAL);
-    if (lib == nullptr) {
-      printf("no cuBLAS: %s\n", dlerror());
-      exit(1);
-    }
-    reinterpret_cast<int (*)(void**)>(dlsym(lib, "cublasCreate_v2"))(&handle);
-    reinterpret_cast<int (*)(void*, cudaStream_t)>(dlsym(lib, "cublasSetStream_v2"))(handle, stream);
-    reinterpret_cast<int (*)(void*, void*, size_t)>(dlsym(lib, "cublasSetWorkspace_v2"))(
-        handle, allocate<uint8_t>(64 << 20), 64 << 20);
-    gemm_ex = reinterpret_cast<decltype(gemm_ex)>(dlsym(lib, "cublasGemmEx"));
-  }
-  void operator()(const Case& c, const void* x, const void* w, void* y) const {
-    const float one = 1.0f, zero = 0.0f;
-    const int out = c.transposed ? c.k : c.n, depth = c.transposed ? c.n : c.k;
-    gemm_ex(handle, c.transposed ? 0 : 1, 0, out, c.m, depth, &one, w, CUDA_R_16BF, c.k, x, CUDA_R_16BF, depth, &zero,
-            y, CUDA_R_16BF, out, 68, -1);
-  }
-};
-
 int time_all(const char* cublas_path, std::vector<int> ms, bool sweep) {
   cudaStream_t stream;
   CK(cudaStreamCreate(&stream));
   const Cublas cublas(cublas_path, stream);
   const Context context{reinterpret_cast<uintptr_t>(stream)};
-  cudaEvent_t start, stop;
-  CK(cudaEventCreate(&start));
-  CK(cudaEventCreate(&stop));
   if (ms.empty()) ms = {32, 64, 128, 256, 512, 1024, 2048, 4096, 8192};
   struct Row {
     Case c;
@@ -281,13 +152,6 @@ int time_all(const char* cublas_path, std::vector<int> ms, bool sweep) {
     for (const int m : ms) {
       for (const bool transposed : {false, true}) {
         const Case c{m, n, k, transposed};
-        struct Contender {
-          std::string name;
-          std::function<void(int)> run;
-          cudaGraphExec_t graph = nullptr;
-          int launches = 0;
-          std::vector<float> us;
-        };
         std::vector<Contender> list;
         list.push_back({"cublas", [&](int i) { cublas(c, x, ws[i % dense_copies].decoded[1], y); }});
         const auto add = [&](const std::string& name, const tiles::Plan& p) {
@@ -307,43 +171,14 @@ int time_all(const char* cublas_path, std::vector<int> ms, bool sweep) {
             if (shared.shared > 0) add("", shared);
           }
         }
-        for (auto& a : list) {
-          a.run(0);
-          CK(cudaStreamSynchronize(stream));
-          CK(cudaEventRecord(start, stream));
-          for (int i = 0; i < 3; ++i) a.run(i);
-          CK(cudaEventRecord(stop, stream));
-          CK(cudaEventSynchronize(stop));
-          float ms_taken;
-          CK(cudaEventElapsedTime(&ms_taken, start, stop));
-          a.launches = std::clamp(static_cast<int>(1.5f / (ms_taken / 3)), 2, 4 * copies);
-          cudaGraph_t graph;
-          CK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-          for (int i = 0; i < a.launches; ++i) a.run(i);
-          CK(cudaStreamEndCapture(stream, &graph));
-          CK(cudaGraphInstantiate(&a.graph, graph, 0));
-          CK(cudaGraphDestroy(graph));
-        }
-        for (int round = 0; round < 5; ++round) {
-          for (auto& a : list) {
-            CK(cudaEventRecord(start, stream));
-            CK(cudaGraphLaunch(a.graph, stream));
-            CK(cudaEventRecord(stop, stream));
-            CK(cudaEventSynchronize(stop));
-            float ms_taken;
-            CK(cudaEventElapsedTime(&ms_taken, start, stop));
-            a.us.push_back(1000 * ms_taken / a.launches);
-          }
-        }
+        measure(list, 4 * copies, stream);
         printf("%s %5d %5d m %4d |", transposed ? "dx " : "fwd", n, k, m);
         for (auto& a : list) {
-          std::sort(a.us.begin(), a.us.end());
-          CK(cudaGraphExecDestroy(a.graph));
-          printf(" %s %.1f (%.3f)", a.name.c_str(), a.us[2], a.us[2] / list[0].us[2]);
+          printf(" %s %.1f (%.3f)", a.name.c_str(), a.us, a.us / list[0].us);
         }
-        printf(" | %.0f TF %.2f TB/s\n", 2e-6 * m * n * k / list[1].us[2], 0.516e-6 * n * k / list[1].us[2]);
+        printf(" | %.0f TF %.2f TB/s\n", 2e-6 * m * n * k / list[1].us, 0.516e-6 * n * k / list[1].us);
         fflush(stdout);
-        rows.push_back({c, list[1].us[2], list[0].us[2]});
+        rows.push_back({c, list[1].us, list[0].us});
       }
     }
     for (Weight& w : ws) release(w);
@@ -372,6 +207,7 @@ int main(int argc, char** argv) {
   std::vector<int> ms;
   for (int i = 3; i < argc; ++i) ms.push_back(atoi(argv[i]));
   try {
+    if (what == "lora") return lora(argc > 2 ? argv[2] : nullptr, ms);
     return what == "check" || what == "quick" ? check(what == "quick") : time_all(argv[2], ms, what == "sweep");
   } catch (const std::exception& error) {
     printf("%s\n", error.what());

@@ -16,7 +16,9 @@
 
 namespace fastpeft::cuda::nf4_tiles {
 
-struct NoAdapter {};
+struct NoAdapter {
+  static constexpr int r = 0;
+};
 
 struct Adapter {
   CUtensorMap xa;      // T [m, r]
