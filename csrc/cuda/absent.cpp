@@ -2,6 +2,7 @@
 #include "common/error.h"
 #include "fastpeft/adamw.h"
 #include "fastpeft/dropout.h"
+#include "fastpeft/lora.h"
 #include "fastpeft/nf4.h"
 #include "fastpeft/nf4_linear.h"
 
@@ -21,6 +22,9 @@ void nf4_quantize_scales(const NF4QuantizeScalesArgs&, const Context&) { refuse(
 void nf4_dequantize(const NF4DequantizeArgs&, const Context&) { refuse("nf4_dequantize"); }
 void nf4_linear(const NF4LinearArgs&, const Context&) { refuse("nf4_linear"); }
 void dropout(const DropoutArgs&, const Context&) { refuse("dropout"); }
+void lora_project(const LoraProjectArgs&, const Context&) { refuse("lora_project"); }
+void lora_backward(const LoraBackwardArgs&, const Context&) { refuse("lora_backward"); }
+void lora_gradient(const LoraGradientArgs&, const Context&) { refuse("lora_gradient"); }
 void adamw(const AdamWArgs&, const Context&) { refuse("adamw"); }
 
 }  // namespace fastpeft::cuda
