@@ -157,10 +157,10 @@ inline NF4LinearPlan nf4_linear_plan(const NF4LinearSizes& s, const DeviceLimits
   if (odd.empty() && s.transposed && s.n % 8 != 0) odd = concat("n is ", s.n, ", no multiple of 8");
   if (odd.empty() && device.wgmma && device.smem_bytes >= nf4_tiles::kSmemBytes) {
     plan.kernel = NF4LinearKernel::kTiles;
-    plan.tiles = nf4_tiles::make_plan(m, s.transposed ? k : n, s.transposed ? n : k, device.sms);
+    plan.tiles = nf4_tiles::make_plan(m, s.transposed ? k : n, s.transposed ? n : k, device.sms, s.transposed);
     plan.workspace_bytes = nf4_tiles::workspace_bytes(plan.tiles);
     plan.counters = nf4_tiles::counters(plan.tiles);
-    plan.reason = concat("tiles: ", nf4_tiles::kTileOut, " x ", plan.tiles.tokens, ", clusters of ", plan.tiles.cluster,
+    plan.reason = concat(plan.tiles.fragments ? "fragments: " : "tiles: ", nf4_tiles::kTileOut, " x ", plan.tiles.tokens, ", clusters of ", plan.tiles.cluster,
                          ", ", nf4_tiles::grid(plan.tiles), " blocks, ", plan.tiles.whole_waves, " whole waves, ",
                          plan.tiles.shared, " shared units");
     return plan;
