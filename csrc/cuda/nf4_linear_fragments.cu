@@ -11,10 +11,9 @@ template <typename T, int kTokens>
 void launch_kernel(const NF4LinearArgs& args, const nf4_tiles::Plan& plan, const Context& context) {
   using C = nf4_fragments::Config<kTokens>;
   const nf4_tiles::Problem p = nf4_tiles::make_problem(args, plan);
-  const CUtensorMap map_w =
-      tensor_map(CU_TENSOR_MAP_DATA_TYPE_UINT8, 1,
-                 C::kLineBytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B, args.w.codes, p.n,
-                 p.k / 2, nf4_tiles::kTileOut, static_cast<int>(C::kLineBytes));
+  const CUtensorMap map_w = tensor_map(
+      CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, C::kLineBytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B,
+      args.w.codes, p.n, p.k / 2, nf4_tiles::kTileOut, static_cast<int>(C::kLineBytes));
   const CUtensorMap map_x = activation_map(args.dtype, args.x, plan.m, plan.depth, kTokens);
   const CUtensorMap map_y =
       p.store_by_tma ? activation_map(args.dtype, args.y, plan.m, plan.out, C::kStoreTokens) : map_x;
@@ -35,7 +34,6 @@ void choose_tokens(const NF4LinearArgs& args, const nf4_tiles::Plan& plan, const
   switch (plan.tokens) {
     case 32: return launch_kernel<T, 32>(args, plan, context);
     case 64: return launch_kernel<T, 64>(args, plan, context);
-    case 128: return launch_kernel<T, 128>(args, plan, context);
     default: return launch_kernel<T, 256>(args, plan, context);
   }
 }

@@ -7,7 +7,7 @@
 //          of 256 bytes lie at an offset of 65536, so that one byte permutation makes an address: half an instruction
 //          a weight, where looking up in registers (the tile kernel) takes more than three, on a pipe of half the rate.
 //          While a step is multiplied, the next is looked up.
-//          A thread block has a warpgroup that fetches and warpgroups for two strips of 64 rows. Up to 128 tokens two
+//          A thread block has a warpgroup that fetches and warpgroups for two strips of 64 rows. Up to 64 tokens two
 //          warpgroups share a strip and take every second step of 64 k; their sums meet in shared memory.
 // Numerics Up to 64 tokens: levels rounded to T, the scale applied in float32 to the sum over a step (as for up to 16
 //          tokens). Above: level times scale in float32, rounded once to T (as nf4_dequantize).
@@ -28,41 +28,33 @@ using nf4_tiles::Ring;
 
 constexpr int kStrips = 2;  // of 64 rows, in a tile
 
-template <typename F, int... i>
-__device__ inline void for_each_index(const F& f, std::integer_sequence<int, i...>) {
-  (f(std::integral_constant<int, i>{}), ...);
-}
-template <int kCount, typename F>
-__device__ inline void for_each_index(const F& f) {
-  for_each_index(f, std::make_integer_sequence<int, kCount>());
-}
-
 template <int kTokens_>
 struct Config {
   static constexpr int kTokens = kTokens_, kCluster = 1;
-  static constexpr int kSplits = kTokens <= 128 ? 2 : 1;  // warpgroups of a strip, and steps of a stage
+  static constexpr int kSplits = kTokens <= 64 ? 2 : 1;  // warpgroups of a strip, and steps of a stage
   static constexpr int kGroups = kStrips * kSplits;
   static constexpr int kThreads = 128 * (kGroups + 1);
   // Registers change hands within what the block starts with.
   static constexpr int kFetchRegisters = kGroups == 4 ? 32 : 24, kMultiplyRegisters = kGroups == 4 ? 112 : 240;
   static constexpr bool kScaleSums = kTokens <= 64;
-  static constexpr int kBuffers = kTokens == 128 || kTokens == 64 ? 1 : 2;  // of decoded weights
-  static constexpr int kOwn = kChunkSteps / kSplits;  // steps of a warpgroup in a chunk, a stage each
+  static constexpr int kBuffers = kTokens == 64 ? 1 : 2;  // of decoded weights; 64 tokens leave registers for one
+  static constexpr int kOwn = kChunkSteps / kSplits;      // steps of a warpgroup in a chunk, a stage each
   static constexpr int kStages = kTokens == 32 ? 6 : kTokens == 64 ? 5 : 3;
   static constexpr int kStoreTokens = kTokens < 64 ? kTokens : 64;
-  static constexpr uint32_t kXBytes = kTokens * kStep * 2;  // of a step
+  static constexpr uint32_t kXBytes = kTokens * kStep * 2;     // of a step
   static constexpr uint32_t kLineBytes = kStep / 2 * kSplits;  // of a row's codes in a stage
   static constexpr uint32_t kCodeBytes = kTileOut * kLineBytes;
-  static constexpr uint32_t kStagingBytes = kStoreTokens * 128;  // of a strip
+  static constexpr uint32_t kScaleBytes = kSplits * kTileOut * 4;  // of a stage
+  static constexpr uint32_t kStagingBytes = kStoreTokens * 128;    // of a strip
 
   // Offsets in the shared window, where a thread block's own memory begins at 1024 or before.
   static constexpr uint32_t kFirst = 1024, table = 65536, kTableEnd = 2 * table;
   static constexpr uint32_t codes = kFirst, staging = codes + kStages * kCodeBytes,
-                            kStagingEnd = staging + kStrips * kStagingBytes;
+                            scales = staging + kStrips * kStagingBytes, kLowEnd = scales + kStages * kScaleBytes;
   static constexpr uint32_t x = kTableEnd, map = x + kStages * kSplits * kXBytes, full = map + 1024,
                             empty = full + 8 * kStages, last = empty + 8 * kStages, end = last + 16;
   static constexpr unsigned kBytes = end - 0;
-  static_assert(kStagingEnd <= table && kBytes <= nf4_tiles::kSmemBytes + kFirst && codes % 1024 == 0 &&
+  static_assert(kLowEnd <= table && kBytes <= nf4_tiles::kSmemBytes + kFirst && codes % 1024 == 0 &&
                 staging % 1024 == 0);
 };
 
@@ -109,35 +101,73 @@ __device__ void fetch(const CUtensorMap* map_x, const CUtensorMap* map_w, const 
   }
 }
 
-// --- scales ----------------------------------------------------------------------------------------------------------
-
-// A quad has two rows, r and r + 8, and needs their scales for kOwn steps of a chunk: lane q of it has those of
-// step q % kOwn, of one of the rows (kOwn = 2) or of both.
-template <int kOwn>
-struct Scales {
-  static constexpr int kEach = kOwn / 2;
-  uint32_t code[kEach];  // of 8 bits, when double quantised
-  float scale[kEach];    // the nested scales then, else the scales themselves
-  bool inside[kEach];
-};
-
+// Two warps, one a strip: the scales of a stage's steps, two rows a lane. They run ahead as far as the ring allows,
+// which hides their loads.
 template <typename C>
-__device__ void load_scales(const Problem& p, const ChunkWalk& c, int split, int row, int q,
-                            Scales<C::kOwn>& to) {
-  const int step = c.chunk * kChunkSteps + q % C::kOwn * C::kSplits + split;
+__device__ void fetch_scales(const Problem& p, int strip) {
+  const int lane = threadIdx.x % 32;
+  const bool nested = p.w.nested_absmax != nullptr;
+  const float offset = nested ? __ldg(p.w.offset) : 0.0f;
+  if (ChunkWalk first{}; enter(p.plan, blockIdx.x, first), first.more) {  // on their way while the map is filled
 #pragma unroll
-  for (int i = 0; i < to.kEach; ++i) {
-    const int r = c.out0 + row + 8 * (C::kOwn == 2 ? q / 2 : i);
-    to.code[i] = 0, to.scale[i] = 0.0f;
-    to.inside[i] = c.more && r < p.n && step < p.k / 64;
-    if (!to.inside[i]) continue;
-    const uint32_t at =
-        (static_cast<uint32_t>(r) * static_cast<uint32_t>(p.k / 64) + static_cast<uint32_t>(step)) >> p.block_shift;
-    if (p.w.nested_absmax == nullptr) {
-      to.scale[i] = load_4(static_cast<const float*>(p.w.absmax) + at);
-    } else {
-      to.scale[i] = load_4(p.w.nested_absmax + at / static_cast<uint32_t>(kNestedBlock));
-      to.code[i] = load_1(static_cast<const uint8_t*>(p.w.absmax) + at);
+    for (int i = 0; i < 2; ++i) {
+      const int row = first.out0 + strip * 64 + 32 * i + lane;
+      const uint32_t block = (static_cast<uint32_t>(row) * static_cast<uint32_t>(p.k / 64) +
+                              static_cast<uint32_t>(first.chunk * kChunkSteps)) >>
+                             p.block_shift;
+      if (row >= p.n || !nested) continue;
+      prefetch_l1(static_cast<const uint8_t*>(p.w.absmax) + block);
+      prefetch_l1(p.w.nested_absmax + block / static_cast<uint32_t>(kNestedBlock));
+    }
+  }
+  named_barrier(5, 128 * C::kGroups + 32 * kStrips);
+  const auto level = [](uint32_t code) { return __uint_as_float(load_shared_word(C::map + 4 * (code & 255))); };
+  Ring stage{0, 1};
+  ChunkWalk here{};
+  for (enter(p.plan, blockIdx.x, here); here.more; advance(p.plan, blockIdx.x, here)) {
+    float scale[2][kChunkSteps];
+    const int blocks = p.k / 64, first = here.chunk * kChunkSteps;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = here.out0 + strip * 64 + 32 * i + lane;
+      const uint32_t at = static_cast<uint32_t>(row) * static_cast<uint32_t>(blocks) + static_cast<uint32_t>(first);
+#pragma unroll
+      for (int s = 0; s < kChunkSteps; ++s) scale[i][s] = 0.0f;
+      if (row >= p.n) continue;
+      if (p.wide_scales) {
+        const float outer = __ldg(p.w.nested_absmax + at / static_cast<uint32_t>(kNestedBlock));
+        const uint32_t codes = __ldg(reinterpret_cast<const uint32_t*>(static_cast<const uint8_t*>(p.w.absmax) + at));
+#pragma unroll
+        for (int s = 0; s < kChunkSteps; ++s) {
+          scale[i][s] = __fadd_rn(mul_ftz(level(codes >> (8 * s)), outer), offset);
+        }
+        continue;
+      }
+#pragma unroll
+      for (int s = 0; s < kChunkSteps; ++s) {
+        if (first + s >= blocks) continue;
+        const uint32_t block = (at + s) >> p.block_shift;
+        scale[i][s] = nested
+                          ? __fadd_rn(mul_ftz(level(__ldg(static_cast<const uint8_t*>(p.w.absmax) + block)),
+                                              __ldg(p.w.nested_absmax + block / static_cast<uint32_t>(kNestedBlock))),
+                                      offset)
+                          : __ldg(static_cast<const float*>(p.w.absmax) + block);
+      }
+    }
+#pragma unroll
+    for (int o = 0; o < C::kOwn; ++o) {
+      barrier_wait(C::empty + 8 * stage.at, stage.parity);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int s = 0; s < C::kSplits; ++s) {
+          store_shared_word(C::scales + stage.at * C::kScaleBytes + s * 4 * kTileOut + 4 * (strip * 64 + 32 * i + lane),
+                            __float_as_uint(scale[i][o * C::kSplits + s]));
+        }
+      }
+      __syncwarp();
+      if (lane == 0) barrier_arrive(C::full + 8 * stage.at);
+      stage.advance<C::kStages>();
     }
   }
 }
@@ -243,71 +273,52 @@ __device__ void multiply(const CUtensorMap* map_y, const Problem& p, int group) 
   constexpr int kSums = C::kTokens / 2, kOwn = C::kOwn;
   static_assert(kOwn % C::kBuffers == 0);
   const int strip = group % kStrips, split = group / kStrips;
-  const int lane = threadIdx.x % 32, q = lane % 4, row = strip * 64 + threadIdx.x / 32 % 4 * 16 + lane / 4;
-  const bool nested = p.w.nested_absmax != nullptr;
-  const float offset = nested ? __ldg(p.w.offset) : 0.0f;
-  // This lane's codes under TMA's swizzle of 32 or 64 bytes; row + 8 has the same.
-  const uint32_t swizzle = C::kSplits == 2 ? row / 2 % 4 : row / 4 % 2;
-  const uint32_t codes_at = C::codes + row * C::kLineBytes + ((2 * split ^ swizzle) << 4);
-  const uint32_t lane_entry = C::table | (C::kScaleSums ? 4 : 8) * lane, selectors = 0x7604 | q << 4;
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0), first_row = strip * 64 + warp * 16;
   const uint64_t desc_x = wgmma_descriptor(C::x + split * C::kXBytes);
 
   Ring look{0, 0};  // the stage that is looked up next
   int stage = 0;    // that is multiplied
-  ChunkWalk next{};
-  enter(p.plan, blockIdx.x, next);
-  Scales<kOwn> raw;
-  load_scales<C>(p, next, split, row, q, raw);
-  float scale[raw.kEach];
   uint32_t a[C::kBuffers][16];
-
-  const auto take_scales = [&] {  // of the chunk that comes next, and asks for those after it
-#pragma unroll
-    for (int i = 0; i < raw.kEach; ++i) {
-      scale[i] = raw.scale[i];
-      if (nested) {
-        float level;
-        asm("ld.shared.f32 %0, [%1];" : "=f"(level) : "r"(C::map + 4 * raw.code[i]));
-        scale[i] = __fadd_rn(mul_ftz(level, scale[i]), offset);
-      }
-      if (!raw.inside[i]) scale[i] = 0.0f;
-    }
-    advance(p.plan, blockIdx.x, next);
-    load_scales<C>(p, next, split, row, q, raw);
+  // The lane, read anew at every use: what is derived from it then sits in no register meanwhile.
+  const auto read_lane = [] {
+    uint32_t lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    return lane;
   };
-  const auto scale_of_row = [&](int o) { return __shfl_sync(0xffffffff, scale[0], lane & ~3 | o); };
-  const auto scale_of_row_8 = [&](int o) {
-    return __shfl_sync(0xffffffff, scale[raw.kEach - 1], kOwn == 2 ? lane & ~3 | 2 | o : lane & ~3 | o);
+  const auto scale_of = [&](int which, int row) {
+    const uint32_t at = C::scales + which * C::kScaleBytes + split * 4 * kTileOut + 4 * first_row;
+    return __uint_as_float(load_shared_word(at + (read_lane() & ~3u) + 4 * row));
   };
-  const auto decode = [&](auto which) {  // step `which` of a chunk
-    constexpr int o = decltype(which)::value;
-    float low = 0.0f, high = 0.0f;
-    if constexpr (!C::kScaleSums) {
-      if constexpr (o == 0) take_scales();
-      low = scale_of_row(o), high = scale_of_row_8(o);
-    }
+  const auto decode = [&](uint32_t(&to)[16]) {
     barrier_wait(C::full + 8 * look.at, look.parity);
-    const uint32_t from = codes_at + look.at * C::kCodeBytes;
+    float low = 0.0f, high = 0.0f;
+    if constexpr (!C::kScaleSums) low = scale_of(look.at, 0), high = scale_of(look.at, 8);
+    const uint32_t lane = read_lane(), row = lane / 4;
+    const uint32_t lane_entry = C::table | (C::kScaleSums ? 4 : 8) * lane, selectors = 0x7604 | lane % 4 << 4;
+    // Under TMA's swizzle of 32 or 64 bytes; row + 8 has the same.
+    const uint32_t swizzle = C::kSplits == 2 ? row / 2 % 4 : row / 4 % 2;
+    const uint32_t from =
+        C::codes + look.at * C::kCodeBytes + (first_row + row) * C::kLineBytes + ((2 * split ^ swizzle) << 4);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint32_t at = from ^ half << 4;
       const uint4 low_codes = load_shared(at), high_codes = load_shared(at + 8 * C::kLineBytes);
-      look_up<T, C::kScaleSums>(low_codes, high_codes, low, high, lane_entry, selectors, a[o % C::kBuffers] + 8 * half);
+      look_up<T, C::kScaleSums>(low_codes, high_codes, low, high, lane_entry, selectors, to + 8 * half);
     }
     look.advance<C::kStages>();
   };
-  const auto start = [&](auto& sums, int buffer, bool fresh) {
+  const auto start = [&](auto& sums, const uint32_t(&weights)[16], bool fresh) {
     const uint64_t x = desc_x + stage * (C::kSplits * C::kXBytes >> 4);
     wgmma_fence();
 #pragma unroll
     for (int t = 0; t < kStep / 16; ++t) {
-      wgmma_registers<T, C::kTokens>(sums, a[buffer] + 4 * t, x + kDescriptorStep<false> * t, !fresh || t > 0);
+      wgmma_registers<T, C::kTokens>(sums, weights + 4 * t, x + kDescriptorStep<false> * t, !fresh || t > 0);
     }
     wgmma_commit();
   };
   const auto release = [&](int which) {
     __syncwarp();
-    if (lane == 0) barrier_arrive(C::empty + 8 * which);
+    if (read_lane() == 0) barrier_arrive(C::empty + 8 * which);
   };
 
   Item item;
@@ -316,54 +327,40 @@ __device__ void multiply(const CUtensorMap* map_y, const Problem& p, int group) 
     float d[kSums];
 #pragma unroll
     for (int i = 0; i < kSums; ++i) d[i] = 0.0f;
-    if constexpr (C::kBuffers == 2) decode(std::integral_constant<int, 0>{});
+    if constexpr (C::kBuffers == 2) decode(a[0]);
     int before = 0;
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      const bool last_chunk = chunk + 1 == chunks;
-      const auto step = [&](auto which) {
-        constexpr int o = decltype(which)::value, buffer = o % C::kBuffers;
-        const auto decode_next = [&] {
-          if constexpr (o + 1 < kOwn) {
-            decode(std::integral_constant<int, o + 1>{});
-          } else if (!last_chunk) {
-            decode(std::integral_constant<int, 0>{});
-          }
-        };
+#pragma unroll
+      for (int o = 0; o < kOwn; ++o) {
+        uint32_t(&now)[16] = a[o % C::kBuffers];
+        uint32_t(&next)[16] = a[(o + 1) % C::kBuffers];
+        const bool more = o + 1 < kOwn || chunk + 1 < chunks;
+        if constexpr (C::kBuffers == 1) decode(now);
         if constexpr (C::kScaleSums) {
           float sums[kSums];
-          if constexpr (C::kBuffers == 1) decode(which);
-          start(sums, buffer, true);
-          if constexpr (C::kBuffers == 2) decode_next();
+          start(sums, now, true);
+          if (C::kBuffers == 2 && more) decode(next);
+          const float low = scale_of(stage, 0), high = scale_of(stage, 8);
           wgmma_wait<0>();
           release(stage);
-          if constexpr (o == 0) take_scales();
-          const float low = scale_of_row(o), high = scale_of_row_8(o);
 #pragma unroll
           for (int i = 0; i < kSums; ++i) {
             asm volatile("" : "+f"(sums[i])::"memory");  // no use of a sum before the wait
             d[i] = fmaf(i % 4 < 2 ? low : high, sums[i], d[i]);
           }
-        } else if constexpr (C::kBuffers == 2) {
-          start(d, buffer, false);
+        } else {
+          start(d, now, false);
           wgmma_wait<1>();
           if (o > 0 || chunk > 0) release(before);
-          decode_next();
-        } else {
-          decode(which);
-          start(d, buffer, false);
-          wgmma_wait<0>();
-          release(stage);
+          if (more) decode(next);
         }
         before = stage;
         if (++stage == C::kStages) stage = 0;
-      };
-      for_each_index<kOwn>(step);
+      }
     }
     if constexpr (!C::kScaleSums) {
-      if constexpr (C::kBuffers == 2) {
-        wgmma_wait<0>();
-        release(before);
-      }
+      wgmma_wait<0>();
+      release(before);
 #pragma unroll
       for (int i = 0; i < kSums; ++i) asm volatile("" : "+f"(d[i])::"memory");
     }
@@ -374,7 +371,7 @@ __device__ void multiply(const CUtensorMap* map_y, const Problem& p, int group) 
     asm volatile("" : "+r"(index));  // found again rather than kept in registers through the loop
     find_item(p.plan, blockIdx.x, index, item);
     if (item.parts > 1) {
-      if constexpr (C::kTokens <= 64) {
+      if constexpr (C::kTokens <= nf4_tiles::kMostFlatTokens) {
         if (!add_parts<C>(p, item, d, strip)) continue;
       } else {
         if (!nf4_tiles::add_parts<C>(p, item, d, 0, strip, 0)) continue;
@@ -400,7 +397,7 @@ __global__ void __launch_bounds__(Config<kTokens>::kThreads, 1)
     tma_prefetch(&map_w);
     if (p.store_by_tma) tma_prefetch(&map_y);
     for (int s = 0; s < C::kStages; ++s) {
-      barrier_init(C::full + 8 * s, 1);
+      barrier_init(C::full + 8 * s, 1 + kStrips);
       barrier_init(C::empty + 8 * s, 4 * C::kGroups);
     }
     barrier_init_fence();
@@ -410,8 +407,13 @@ __global__ void __launch_bounds__(Config<kTokens>::kThreads, 1)
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
   if (warpgroup == C::kGroups) {
     give_registers<C::kFetchRegisters>();
+    const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
     wait_for_kernel_before();
-    if (threadIdx.x % 128 == 0) fetch<C>(&map_x, &map_w, p);
+    if (warp < kStrips) {
+      fetch_scales<C>(p, warp);
+    } else if (threadIdx.x % 32 == 0 && warp == kStrips) {
+      fetch<C>(&map_x, &map_w, p);
+    }
     return;
   }
   take_registers<C::kMultiplyRegisters>();
@@ -420,7 +422,7 @@ __global__ void __launch_bounds__(Config<kTokens>::kThreads, 1)
   if (p.w.nested_absmax != nullptr && threadIdx.x < 256) {
     store_shared_word(C::map + 4 * threadIdx.x, __float_as_uint(__ldg(p.w.nested_map + threadIdx.x)));
   }
-  named_barrier(5, 128 * C::kGroups);
+  named_barrier(5, 128 * C::kGroups + 32 * kStrips);
   multiply<T, C>(&map_y, p, warpgroup);
 #endif
 }

@@ -50,7 +50,6 @@ void choose_direction(const NF4LinearArgs& args, const nf4_tiles::Plan& plan, co
 }  // namespace
 
 void nf4_linear_tiles(const NF4LinearArgs& args, const nf4_tiles::Plan& plan, const Context& context) {
-  if (plan.fragments) return nf4_linear_fragments(args, plan, context);
   args.dtype == DType::kBFloat16 ? choose_direction<BFloat16>(args, plan, context)
                                  : choose_direction<Float16>(args, plan, context);
 }

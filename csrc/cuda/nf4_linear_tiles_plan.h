@@ -128,10 +128,20 @@ struct Tile {
   double step_cycles;  // measured (bench/LOG.md, 2026-11-26)
 };
 // Those that are compiled.
-constexpr Tile kTiles[] = {{32, 1, false, 690},  {64, 1, false, 700},  {128, 1, false, 820}, {128, 2, false, 760},
-                           {256, 1, false, 1500}, {256, 2, false, 1100}, {32, 1, true, 400},   {64, 1, true, 450},
-                           {128, 1, true, 700},  {256, 1, true, 1200}};
+constexpr Tile kTiles[] = {{32, 1, false, 690},  {64, 1, false, 700},   {128, 1, false, 820},
+                           {128, 2, false, 760}, {256, 1, false, 1500}, {256, 2, false, 1100},
+                           {32, 1, true, 500},   {64, 1, true, 580},    {256, 1, true, 1400}};
 constexpr double kItemCycles = 1500, kSharedCycles = 8000, kSharedCyclesPerToken = 64;
+// The fragments kernel adds few tokens' parts all at once (its add_parts): it costs by the part.
+constexpr int kMostFlatTokens = 64;
+constexpr double kPartCycles = 2000, kPartCyclesPerToken = 22;
+
+inline double sharing_cycles(const Plan& p) {
+  if (p.fragments && p.tokens <= kMostFlatTokens) {
+    return ceil_divide(p.chunks, p.share) * (kPartCycles + kPartCyclesPerToken * p.tokens);
+  }
+  return kSharedCycles + kSharedCyclesPerToken * p.tokens;
+}
 
 struct Choice {
   Plan plan;
@@ -156,7 +166,7 @@ inline Choice choose_sharing(Plan p, double step) {
     if (p.shared == 0 || p.shared_chunks < p.seats || p.chunks > (1 << 15) || workspace_bytes(p) > kMostWorkspace)
       continue;
     const double cycles = waves * (p.chunks * kChunkSteps * step + kItemCycles) + p.share * kChunkSteps * step +
-                          kItemCycles + kSharedCycles + kSharedCyclesPerToken * p.tokens;
+                          kItemCycles + sharing_cycles(p);
     if (cycles < best.cycles) best = {p, cycles};
   }
   return best;
@@ -175,10 +185,10 @@ inline Plan plan_for(int m, int out, int depth, int sms, int tokens, int cluster
   return p;
 }
 
-inline Plan make_plan(int m, int out, int depth, int sms, bool transposed) {
+inline Plan make_plan(int m, int out, int depth, int sms, bool forward) {
   Choice best{{}, 1e30};
   for (const Tile& tile : kTiles) {
-    if (tile.fragments && transposed) continue;
+    if (tile.fragments && !forward) continue;
     const Choice choice =
         choose_sharing(plan_for(m, out, depth, sms, tile.tokens, tile.cluster, tile.fragments), tile.step_cycles);
     if (choice.cycles < best.cycles) best = choice;

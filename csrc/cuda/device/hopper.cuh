@@ -200,14 +200,14 @@ __device__ void wgmma(float (&d)[kTokens / 2], uint64_t a, uint64_t b, bool accu
                  : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kMnMajor ? 1 : 0));                       \
   }                                                                                                                 \
   static_assert(true)
-#define FASTPEFT_WGMMA_REGISTERS_OF(TYPE, NAME, N, R, D, A0, A1, A2, A3, B, P)                                       \
-  __device__ inline void wgmma_registers_##NAME##_##N(float(&d)[N / 2], const uint32_t* a, uint64_t b,                \
-                                                      bool accumulate) {                                              \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE   \
-                 "." TYPE " {" R "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " B ", p, 1, 1, 0;\n}\n"                       \
-                 : D                                                                                                  \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));            \
-  }                                                                                                                   \
+#define FASTPEFT_WGMMA_REGISTERS_OF(TYPE, NAME, N, R, D, A0, A1, A2, A3, B, P)                                      \
+  __device__ inline void wgmma_registers_##NAME##_##N(float(&d)[N / 2], const uint32_t* a, uint64_t b,              \
+                                                      bool accumulate) {                                            \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE \
+                 "." TYPE " {" R "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " B ", p, 1, 1, 0;\n}\n"                     \
+                 : D                                                                                                \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));          \
+  }                                                                                                                 \
   static_assert(true)
 #define FASTPEFT_WGMMA_SIZES(TYPE, NAME)                                                                               \
   FASTPEFT_WGMMA_OF(TYPE, NAME, 32, FASTPEFT_R16, FASTPEFT_D16(0), "%16", "%17", "%18", "%19");                        \
@@ -215,12 +215,14 @@ __device__ void wgmma(float (&d)[kTokens / 2], uint64_t a, uint64_t b, bool accu
   FASTPEFT_WGMMA_OF(TYPE, NAME, 128, FASTPEFT_R64, FASTPEFT_D64(0), "%64", "%65", "%66", "%67");                       \
   FASTPEFT_WGMMA_OF(TYPE, NAME, 256, FASTPEFT_R128, FASTPEFT_D64(0) COMMA FASTPEFT_D64(64), "%128", "%129", "%130",    \
                     "%131");                                                                                           \
-  FASTPEFT_WGMMA_REGISTERS_OF(TYPE, NAME, 32, FASTPEFT_R16, FASTPEFT_D16(0), "%16", "%17", "%18", "%19", "%20", "%21"); \
-  FASTPEFT_WGMMA_REGISTERS_OF(TYPE, NAME, 64, FASTPEFT_R32, FASTPEFT_D16(0) COMMA FASTPEFT_D16(16), "%32", "%33", "%34", \
-                    "%35", "%36", "%37"); \
-  FASTPEFT_WGMMA_REGISTERS_OF(TYPE, NAME, 128, FASTPEFT_R64, FASTPEFT_D64(0), "%64", "%65", "%66", "%67", "%68", "%69"); \
-  FASTPEFT_WGMMA_REGISTERS_OF(TYPE, NAME, 256, FASTPEFT_R128, FASTPEFT_D64(0) COMMA FASTPEFT_D64(64), "%128", "%129", \
-                    "%130", "%131", "%132", "%133")
+  FASTPEFT_WGMMA_REGISTERS_OF(TYPE, NAME, 32, FASTPEFT_R16, FASTPEFT_D16(0), "%16", "%17", "%18", "%19", "%20",        \
+                              "%21");                                                                                  \
+  FASTPEFT_WGMMA_REGISTERS_OF(TYPE, NAME, 64, FASTPEFT_R32, FASTPEFT_D16(0) COMMA FASTPEFT_D16(16), "%32", "%33",      \
+                              "%34", "%35", "%36", "%37");                                                             \
+  FASTPEFT_WGMMA_REGISTERS_OF(TYPE, NAME, 128, FASTPEFT_R64, FASTPEFT_D64(0), "%64", "%65", "%66", "%67", "%68",       \
+                              "%69");                                                                                  \
+  FASTPEFT_WGMMA_REGISTERS_OF(TYPE, NAME, 256, FASTPEFT_R128, FASTPEFT_D64(0) COMMA FASTPEFT_D64(64), "%128", "%129",  \
+                              "%130", "%131", "%132", "%133")
 #define COMMA ,
 FASTPEFT_WGMMA_SIZES("bf16", bf16);
 FASTPEFT_WGMMA_SIZES("f16", f16);

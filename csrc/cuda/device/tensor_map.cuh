@@ -23,8 +23,8 @@ inline EncodeTiled encode_tiled() {
 }
 
 // [rows, columns] elements of `type`, `bytes` each, in boxes of box_rows by box_columns.
-inline CUtensorMap tensor_map(CUtensorMapDataType type, int bytes, CUtensorMapSwizzle swizzle, const void* data, int rows,
-                       int columns, int box_rows, int box_columns) {
+inline CUtensorMap tensor_map(CUtensorMapDataType type, int bytes, CUtensorMapSwizzle swizzle, const void* data,
+                              int rows, int columns, int box_rows, int box_columns) {
   CUtensorMap map;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t pitch[1] = {static_cast<cuuint64_t>(columns) * static_cast<cuuint64_t>(bytes)};
