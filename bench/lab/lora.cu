@@ -51,7 +51,7 @@ struct Layer {
     return args;
   }
   tiles::Plan plan(bool transposed, bool adapter = true) const {
-    return tiles::make_plan(m, transposed ? k : n, transposed ? n : k, device_limits().sms,
+    return tiles::make_plan(m, transposed ? k : n, transposed ? n : k, device_limits().sms, !transposed,
                             adapter ? tiles::kAdapterTokens : 0);
   }
   void project() const {

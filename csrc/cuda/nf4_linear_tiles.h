@@ -12,4 +12,7 @@ void nf4_linear_tiles(const NF4LinearArgs& args, const nf4_tiles::Plan& plan, co
 // The same where args.adapter is set.
 void nf4_linear_tiles_adapter(const NF4LinearArgs& args, const nf4_tiles::Plan& plan, const Context& context);
 
+// The same for plans with `fragments`.
+void nf4_linear_fragments(const NF4LinearArgs& args, const nf4_tiles::Plan& plan, const Context& context);
+
 }  // namespace fastpeft::cuda
