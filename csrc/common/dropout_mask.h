@@ -1,19 +1,42 @@
-// The dropout rule, shared by both backends so that their masks are equal.
+// The dropout rule (fastpeft/dropout.h), shared by both backends so that their masks are equal.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "common/error.h"
+#include "common/host_device.h"
 #include "common/philox.h"
 #include "fastpeft/dropout.h"
 
 namespace fastpeft {
 
-// An element is kept when its 32 random bits are not below this.
-inline uint64_t dropout_threshold(double p) { return static_cast<uint64_t>(p * 4294967296.0); }
+constexpr uint32_t kMaskLevels = 1 << 15;
+constexpr int kMaskBlock = 16;    // rows and columns of a block of the mask
+constexpr int kMaskRowCalls = 4;  // of a block: calls of the generator
+constexpr int kMaskColumnCalls = 8;
+
+// An element is kept when its random bits are not below this; 0: all are.
+inline uint32_t dropout_threshold(double p) {
+  return static_cast<uint32_t>(std::min<int64_t>(std::llround(p * kMaskLevels), kMaskLevels - 1));
+}
+
+// What the kept elements are multiplied by.
+inline double dropout_scale(double p) {
+  return static_cast<double>(kMaskLevels) / static_cast<double>(kMaskLevels - dropout_threshold(p));
+}
+
+// The two numbers of a word against the threshold in both halves of another: kept where the top bit of a half is set.
+// A half cannot borrow from the other, whose top bit has been set before.
+FASTPEFT_HOST_DEVICE inline uint32_t kept_halves(uint32_t word, uint32_t threshold_twice) {
+  return (word | 0x80008000u) - threshold_twice;
+}
 
 inline void check_dropout(const DropoutArgs& args) {
-  check(args.numel >= 0, "dropout: numel is ", args.numel);
+  check(args.rows >= 0 && args.columns >= 0, "dropout: x is ", args.rows, " x ", args.columns);
+  check(args.rows < int64_t{1} << 33 && args.columns < int64_t{1} << 32, "dropout: x is ", args.rows, " x ",
+        args.columns, "; needs fewer than 2^33 rows and 2^32 columns");
   check(args.p >= 0.0 && args.p < 1.0, "dropout: p is ", args.p, "; it must be at least 0 and below 1");
 }
 

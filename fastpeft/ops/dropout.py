@@ -1,4 +1,4 @@
-"""Dropout that stores no mask: the mask is a function of a seed and the element's index."""
+"""Dropout that stores no mask: the mask is a function of a seed and the element's row and column."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ def _dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     number = native.dtype_number("dropout", x.dtype)
-    native.call("dropout", x, x.data_ptr(), out.data_ptr(), number, x.numel(), p, int(seed))
+    columns = x.shape[-1] if x.dim() > 0 else 1
+    rows = x.numel() // columns if columns > 0 else 0
+    native.call("dropout", x, x.data_ptr(), out.data_ptr(), number, rows, columns, p, int(seed))
     return out
 
 

@@ -109,32 +109,83 @@ def test_checkpointing_draws_the_same_mask(device: str) -> None:
 
 
 # --- dropout ---
-def test_philox_known_answer() -> None:
-    """Counter 0, key 0 gives 6627e8d5 e169c58d bc57ac4c 9b00dbd8 (Random123's published vector).
+def philox(column_call: int, row_call: int, key: int) -> list[int]:
+    """Philox4x32-7 as the paper has it, in Python's integers."""
+    word = 0xFFFFFFFF
+    c0, c1, c2, c3, k0, k1 = column_call, row_call, 0, 0, key & word, key >> 32
+    for _ in range(7):
+        first, second = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (second >> 32) ^ c1 ^ k0, second & word, (first >> 32) ^ c3 ^ k1, first & word
+        k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
+    return [c0, c1, c2, c3]
 
-    As fractions of 2^32: 0.399, 0.880, 0.736, 0.605. With p = 0.5 the first is dropped, the others kept; with p = 0.7
-    only the second and third.
+
+def test_philox_known_answer() -> None:
+    """Counter 0, key 0 gives 5f6fb709 0d893f64 4f121f81 4f730a48 (Random123's published vector for seven rounds).
+
+    Their halves, of 15 bits each: 0.430 0.746, 0.495 0.106, 0.246 0.618, 0.080 0.621, for rows 0, 1 and 8, 9 of column
+    0, and of column 8.
     """
-    seed = torch.tensor(0)
-    assert drop(torch.ones(4), 0.5, seed).tolist() == [0, 2, 2, 2]
-    assert [bool(v) for v in drop(torch.ones(4), 0.7, seed)] == [False, True, True, False]
+    assert philox(0, 0, 0) == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
+    kept = drop(torch.ones(10, 9), 0.5, torch.tensor(0)) != 0
+    assert kept[[0, 1, 8, 9], 0].tolist() == [False, True, False, False]
+    assert kept[[0, 1, 8, 9], 8].tolist() == [False, True, False, True]
+    kept = drop(torch.ones(10, 9), 0.45, torch.tensor(0)) != 0
+    assert kept[[0, 1, 8, 9], 0].tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("shape", [(37, 53), (16, 16), (1, 100), (33, 1)], ids=str)
+def test_dropout_mask_is_the_documented_one(shape: tuple[int, int], device: str) -> None:
+    p, seed = 0.3, 2**61 + 12345
+    threshold = round(p * 32768)
+    kept = drop(torch.ones(shape, device=device), p, torch.tensor(seed)).cpu() != 0
+    for i in range(shape[0]):
+        for j in range(shape[1]):
+            words = philox(j // 16 * 8 + j % 8, i // 16 * 4 + i % 8 // 2, seed)
+            bits = words[j % 16 // 8 * 2 + i % 16 // 8] >> (16 * (i % 2)) & 0x7FFF
+            assert bool(kept[i, j]) == (bits >= threshold), (i, j)
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
-def test_dropout_keeps_its_share_and_its_scale(p: float, device: str) -> None:
-    out = drop(torch.ones(100_003, device=device), p, torch.tensor(99))
+@pytest.mark.parametrize("shape", [(331, 302), (100_003,), (7, 5, 2857)], ids=str)
+def test_dropout_keeps_its_share_and_its_mean(shape: tuple[int, ...], p: float, device: str) -> None:
+    """What is kept is scaled by the share that the mask's 15 bits can give, which p is rounded to."""
+    rounded = round(p * 32768) / 32768
+    out = drop(torch.ones(shape, device=device), p, torch.tensor(99))
     kept = out != 0
-    assert abs(float(kept.double().mean()) - (1 - p)) < 7 * (p * (1 - p) / 100_003) ** 0.5
-    assert_exact(out[kept], torch.full_like(out[kept], 1 / (1 - p)))
+    assert abs(float(kept.double().mean()) - (1 - rounded)) < 7 * (p * (1 - p) / out.numel()) ** 0.5
+    assert_exact(out[kept], torch.full_like(out[kept], 1 / (1 - rounded)))
+
+
+def test_dropout_of_neighbours_is_independent() -> None:
+    """Of elements that share a call, a word, a row or a column, and of two seeds: correlations of plain noise."""
+    size, p = 512, 0.4
+    first, other = (drop(torch.ones(size, size), p, torch.tensor(seed)) != 0 for seed in (5, 6))
+    first, other = first.double() - (1 - p), other.double() - (1 - p)
+    for rows, columns in [(0, 1), (1, 0), (0, 8), (8, 0), (1, 8), (8, 8), (9, 8), (0, 16), (16, 0), (3, 5)]:
+        product = first[: size - rows, : size - columns] * first[rows:, columns:]
+        assert abs(float(product.mean())) < 7 * p * (1 - p) / product.numel() ** 0.5, (rows, columns)
+    assert abs(float((first * other).mean())) < 7 * p * (1 - p) / size
+
+
+@pytest.mark.parametrize("p", [0.999999, 1e-7])
+def test_dropout_at_the_ends(p: float) -> None:
+    """Rounded to what 15 bits can say: never to all, and to none where the share is that small."""
+    out = drop(torch.ones(1024, 1024), p, torch.tensor(1))
+    kept = out != 0
+    assert 0 < int(kept.sum()) < 200 if p > 0.5 else bool(kept.all())
+    assert bool(out.isfinite().all())
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("numel", [1, 7, 8, 1025])
+@pytest.mark.parametrize("shape", [(1,), (7,), (8,), (1025,), (17, 24), (40, 13), (3, 5, 64)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-def test_dropout_is_the_same_on_both_devices(dtype: torch.dtype, numel: int) -> None:
+def test_dropout_is_the_same_on_both_devices(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    numel = torch.Size(shape).numel()
     x, seed = torch.randn(numel + 1).to(dtype), torch.tensor(2**62 + 17)
-    assert_exact(drop(x.cuda(), 0.4, seed), drop(x, 0.4, seed))
-    assert_exact(drop(x.cuda()[1:], 0.4, seed), drop(x[1:], 0.4, seed))  # off the 16-byte grid
+    for part in (slice(0, numel), slice(1, numel + 1)):  # on the 16-byte grid and off it
+        on_cpu = x[part].reshape(shape)
+        assert_exact(drop(x.cuda()[part].reshape(shape), 0.4, seed), drop(on_cpu, 0.4, seed))
 
 
 # --- the framework's view ---

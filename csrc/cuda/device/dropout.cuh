@@ -1,25 +1,40 @@
-// Dropout of eight 16-bit elements in registers.
+// Dropout of 16-bit elements in registers.
 #pragma once
 
 #include <cstdint>
 
-#include "common/philox.h"
+#include "common/dropout_mask.h"
+#include "cuda/device/ptx.cuh"
 
 namespace fastpeft::cuda {
 
-namespace detail {
-__device__ inline uint32_t kept_pair(uint32_t first, uint32_t second, uint32_t threshold) {
-  return (first >= threshold ? 0x0000ffffu : 0u) | (second >= threshold ? 0xffff0000u : 0u);
+// What tells the calls of a mask: made on the host.
+struct Mask {
+  uint32_t threshold_twice;  // in both halves; 0: no dropout
+  float scale;
+  uint64_t seed;
+};
+inline Mask make_mask(double p, uint64_t seed) {
+  return {dropout_threshold(p) * 0x10001u, static_cast<float>(dropout_scale(p)), seed};
 }
-}  // namespace detail
 
-// Zeroes what the mask drops of elements 4 * quad to 4 * quad + 7; what stays is not scaled.
-__device__ inline void drop_eight(uint4& v, uint64_t quad, uint64_t seed, uint32_t threshold) {
-  const Philox4 low = philox(quad, seed), high = philox(quad + 1, seed);
-  v.x &= detail::kept_pair(low.words[0], low.words[1], threshold);
-  v.y &= detail::kept_pair(low.words[2], low.words[3], threshold);
-  v.z &= detail::kept_pair(high.words[0], high.words[1], threshold);
-  v.w &= detail::kept_pair(high.words[2], high.words[3], threshold);
+// Zeroes what the mask drops of sixteen columns of four rows, as eight calls serve them; what stays is not scaled.
+// x[i]: row i % 2 + i / 2 * 8 of the row call's, pairs of columns.
+__device__ inline void drop_sixteen(uint32_t (&x)[4][8], uint32_t row_call, uint32_t column_call, const Mask& mask) {
+#pragma unroll
+  for (int pair = 0; pair < 4; ++pair) {
+    const Philox4 even = philox(column_call + 2 * pair, row_call, mask.seed);
+    const Philox4 odd = philox(column_call + 2 * pair + 1, row_call, mask.seed);
+#pragma unroll
+    for (int word = 0; word < 4; ++word) {
+      const uint32_t first = kept_halves(even.words[word], mask.threshold_twice);
+      const uint32_t second = kept_halves(odd.words[word], mask.threshold_twice);
+      const int half = word / 2, row = word % 2 * 2;
+      // Signs of the lower halves, spread over 16 bits each, and of the upper.
+      x[row][half * 4 + pair] &= permute_bytes(first, second, 0xDD99);
+      x[row + 1][half * 4 + pair] &= permute_bytes(first, second, 0xFFBB);
+    }
+  }
 }
 
 }  // namespace fastpeft::cuda

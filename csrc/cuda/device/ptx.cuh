@@ -40,6 +40,13 @@ __device__ inline bool greater_ftz(float a, float b) {
   return y != 0;
 }
 
+// d += e * scale if a bit is set: one predicated instruction, for which the compiler takes two.
+__device__ inline void add_if(uint32_t bits, float& d, float e, float scale) {
+  asm("{\n.reg .pred p;\nsetp.ne.u32 p, %1, 0;\n@p fma.rn.f32 %0, %2, %3, %0;\n}\n"
+      : "+f"(d)
+      : "r"(bits), "f"(e), "f"(scale));
+}
+
 // Address within shared memory, in the 32 bits that instructions take.
 __device__ inline uint32_t smem_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
