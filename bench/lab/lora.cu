@@ -24,9 +24,9 @@ struct Layer {
   T *x, *dy, *y, *dx, *a16, *b16, *a16_again, *xa, *dxa, *bias;
   float *a, *b, *da, *db;
   uint8_t* workspace;
+  unsigned* counters;
   DType dtype;
 
-  int64_t blocks = 0;   // of the down-projection
   bool early = false;   // the product starts beside it
   bool beside = false;  // the gradient by A starts beside dx
   cudaStream_t stream = nullptr;
@@ -55,7 +55,7 @@ struct Layer {
                             adapter ? tiles::kAdapterTokens : 0);
   }
   void project() const {
-    LoraProjectArgs args{x, dtype, m, k, {adapter()}, 1, a16, {b16}, xa, p, seed, blocks};
+    LoraProjectArgs args{x, dtype, m, k, {adapter()}, 1, a16, {b16}, xa, p, seed};
     lora_project(args, context());
   }
   void forward_product() const {
@@ -77,7 +77,7 @@ struct Layer {
     nf4_linear_tiles(args, plan(true), context());
   }
   void gradient() const {
-    LoraGradientArgs args{x, dtype, m, k, dxa, 1, {da}, {r}, p, seed, beside};
+    LoraGradientArgs args{x, dtype, m, k, dxa, 1, {da}, {r}, p, seed, workspace, kWorkspace, counters, beside};
     lora_gradient(args, context());
   }
   void forward() const { project(), forward_product(); }
@@ -96,6 +96,8 @@ Layer<T> make_layer(int m, int n, int k, int r, double p, Weight* w, DType dtype
   l.a = allocate<float>(size_t(r) * k), l.da = allocate<float>(size_t(r) * k);
   l.b = allocate<float>(size_t(n) * r), l.db = allocate<float>(size_t(n) * r);
   l.workspace = allocate<uint8_t>(kWorkspace);
+  l.counters = allocate<unsigned>(1024);
+  CK(cudaMemset(l.counters, 0, 4096));
   fill_normal<<<1024, 256>>>(l.x, size_t(m) * k, 3, 1.0f / std::sqrt(float(k)));
   fill_normal<<<1024, 256>>>(l.dy, size_t(m) * n, 4, 1.0f / std::sqrt(float(n)));
   fill_normal<<<1024, 256>>>(l.a, size_t(r) * k, 5, 1.0f);
@@ -106,9 +108,9 @@ Layer<T> make_layer(int m, int n, int k, int r, double p, Weight* w, DType dtype
 }
 template <typename T>
 void release(Layer<T>& l) {
-  for (void* p :
-       {(void*)l.x, (void*)l.dx, (void*)l.dy, (void*)l.y, (void*)l.a16, (void*)l.a16_again, (void*)l.b16, (void*)l.xa,
-        (void*)l.dxa, (void*)l.bias, (void*)l.a, (void*)l.da, (void*)l.b, (void*)l.db, (void*)l.workspace}) {
+  for (void* p : {(void*)l.x, (void*)l.dx, (void*)l.dy, (void*)l.y, (void*)l.a16, (void*)l.a16_again, (void*)l.b16,
+                  (void*)l.xa, (void*)l.dxa, (void*)l.bias, (void*)l.a, (void*)l.da, (void*)l.b, (void*)l.db,
+                  (void*)l.workspace, (void*)l.counters}) {
     CK(cudaFree(p));
   }
 }
@@ -173,15 +175,15 @@ Verdict compare(const T* got, const double* want, int rows, int columns, int pit
 }
 
 template <typename T>
-int check_layer(int m, int n, int k, int r, double p, DType dtype, int64_t blocks, bool overlapped) {
+int check_layer(int m, int n, int k, int r, double p, DType dtype, bool overlapped) {
   Weight w = make_weight(n, k, 64, true, 17 * n + k);
   Layer<T> l = make_layer<T>(m, n, k, r, p, &w, dtype);
-  l.blocks = blocks, l.early = overlapped, l.beside = overlapped;
+  l.early = overlapped, l.beside = overlapped;
   float* keep = allocate<float>(size_t(m) * k);
   {
     std::vector<float> ones(size_t(m) * k, 1.0f);
     CK(cudaMemcpy(keep, ones.data(), ones.size() * 4, cudaMemcpyHostToDevice));
-    cuda::dropout({keep, keep, DType::kFloat32, int64_t{m} * k, p, l.seed}, {});
+    cuda::dropout({keep, keep, DType::kFloat32, int64_t{m}, int64_t{k}, p, l.seed}, {});
   }
   const size_t most = std::max({size_t(m) * std::max(n, k), size_t(n) * r, size_t(r) * k});
   double* want = allocate<double>(most);
@@ -193,8 +195,8 @@ int check_layer(int m, int n, int k, int r, double p, DType dtype, int64_t block
   int bad = 0;
   const auto report = [&](const char* what, Verdict v) {
     if (v.ok) return;
-    printf("FAIL %s m %d n %d k %d r %d p %.2f %s blocks %ld overlapped %d: worst %.2e\n", what, m, n, k, r, p,
-           dtype == DType::kBFloat16 ? "bf16" : "fp16", long(blocks), overlapped, v.worst);
+    printf("FAIL %s m %d n %d k %d r %d p %.2f %s overlapped %d: worst %.2e\n", what, m, n, k, r, p,
+           dtype == DType::kBFloat16 ? "bf16" : "fp16", overlapped, v.worst);
     ++bad;
   };
   using Sixteen = Operand<T, T>;
@@ -249,6 +251,9 @@ int check_layer(int m, int n, int k, int r, double p, DType dtype, int64_t block
   CK(cudaMemcpy(counters.data(), g_counters, 16384, cudaMemcpyDeviceToHost));
   if (std::any_of(counters.begin(), counters.end(), [](unsigned v) { return v != 0; }))
     printf("FAIL counters\n"), ++bad;
+  CK(cudaMemcpy(counters.data(), l.counters, 4096, cudaMemcpyDeviceToHost));
+  if (std::any_of(counters.begin(), counters.begin() + 1024, [](unsigned v) { return v != 0; }))
+    printf("FAIL counters of the gradient\n"), ++bad;
   release(l);
   ::release(w);
   CK(cudaFree(keep));
@@ -264,11 +269,9 @@ int check() {
     for (const int r : {16, 1, 64, 8, 100, 200, 256}) {
       if (r > 64 && s[0] > 700) continue;
       for (const double p : {0.0, 0.3}) {
-        const int64_t blocks = cases % 3 == 1 ? 32 : 0;
         const bool overlapped = cases % 2 == 1;
-        const int failed = cases % 4 == 3
-                               ? check_layer<Float16>(s[0], s[1], s[2], r, p, DType::kFloat16, blocks, overlapped)
-                               : check_layer<BFloat16>(s[0], s[1], s[2], r, p, DType::kBFloat16, blocks, overlapped);
+        const int failed = cases % 4 == 3 ? check_layer<Float16>(s[0], s[1], s[2], r, p, DType::kFloat16, overlapped)
+                                          : check_layer<BFloat16>(s[0], s[1], s[2], r, p, DType::kBFloat16, overlapped);
         bad += failed != 0, ++cases;
       }
     }
@@ -294,9 +297,9 @@ void time_shape(const Cublas& cublas, int m, int n, int k, cudaStream_t stream) 
       const auto add = [&](const char* name, auto body) {
         list.push_back({name, [&sets, body](int i) { body(sets[i % kSets]); }});
       };
-      const auto with = [](const Layer<BFloat16>& l, int64_t blocks, bool early, bool beside) {
+      const auto with = [](const Layer<BFloat16>& l, bool early, bool beside) {
         Layer<BFloat16> copy = l;
-        copy.blocks = blocks, copy.early = early, copy.beside = beside;
+        copy.early = early, copy.beside = beside;
         return copy;
       };
       add("cublas y", [&](auto& l) { cublas({m, n, k, false}, l.x, l.w->decoded[1], l.y); });
@@ -309,18 +312,11 @@ void time_shape(const Cublas& cublas, int m, int n, int k, cudaStream_t stream) 
       add("dx+", [](auto& l) { l.backward_product(); });
       add("dA", [](auto& l) { l.gradient(); });
       const int forward_from = static_cast<int>(list.size());
-      add("fwd", [=](auto& l) { with(l, 0, false, false).forward(); });
-      add("fwd early", [=](auto& l) { with(l, 0, true, false).forward(); });
-      for (const int blocks : {16, 32, 48, 64}) {
-        add(blocks == 16   ? "fwd 16"
-            : blocks == 32 ? "fwd 32"
-            : blocks == 48 ? "fwd 48"
-                           : "fwd 64",
-            [=](auto& l) { with(l, blocks, true, false).forward(); });
-      }
+      add("fwd", [=](auto& l) { with(l, false, false).forward(); });
+      add("fwd early", [=](auto& l) { with(l, true, false).forward(); });
       const int backward_from = static_cast<int>(list.size());
-      add("bwd", [=](auto& l) { with(l, 0, false, false).backward(); });
-      add("bwd beside", [=](auto& l) { with(l, 0, false, true).backward(); });
+      add("bwd", [=](auto& l) { with(l, false, false).backward(); });
+      add("bwd beside", [=](auto& l) { with(l, false, true).backward(); });
       measure(list, 12, stream);
       printf("m %d n %d k %d r %d p %.2f |", m, n, k, r, p);
       for (const Contender& c : list) printf(" %s %.1f", c.name.c_str(), c.us);

@@ -5,7 +5,6 @@
 //          slices, each with a pass of its own.
 #include "fastpeft/lora.h"
 
-#include "common/dropout_mask.h"
 #include "cuda/device/launch.cuh"
 #include "cuda/lora_backward_kernel.cuh"
 #include "cuda/lora_cast.cuh"
@@ -49,7 +48,7 @@ void launch_project(const lora_xa::Problem& p, const lora_xa::Plan& plan, const 
                 .overlap_launch = device_limits().wgmma},
            context, p);
   };
-  if (p.threshold != 0) {
+  if (p.mask.threshold_twice != 0) {
     go(lora_xa::kernel<T, kTiles, true>);
   } else {
     go(lora_xa::kernel<T, kTiles, false>);
@@ -61,9 +60,7 @@ void choose_project(const lora_xa::Problem& p, const lora_xa::Plan& plan, const 
   if (p.r <= 16) return launch_project<T, 2>(p, plan, context);
   if (p.r <= 32) return launch_project<T, 4>(p, plan, context);
   if (p.r <= 48) return launch_project<T, 6>(p, plan, context);
-  if (p.r <= 64) return launch_project<T, 8>(p, plan, context);
-  if (p.r <= 96) return launch_project<T, 12>(p, plan, context);
-  return launch_project<T, 24>(p, plan, context);
+  return launch_project<T, 8>(p, plan, context);
 }
 
 template <typename T>
@@ -98,14 +95,13 @@ template <typename T, int kRank>
 void launch_gradient(const lora_da::Problem& p, const Context& context) {
   const auto go = [&](auto kernel) {
     launch([&] { return concat("lora_gradient of m = ", p.m, ", k = ", p.k, ", rank ", p.r); }, kernel,
-           Grid{.blocks = static_cast<unsigned>(p.plan.column_blocks * p.plan.cluster),
+           Grid{.blocks = static_cast<unsigned>(p.plan.blocks),
                 .threads = lora_da::kThreads,
                 .smem_bytes = lora_da::Config<kRank>::kBytes,
-                .cluster = static_cast<unsigned>(p.plan.cluster),
                 .overlap_launch = device_limits().wgmma},
            context, p);
   };
-  if (p.threshold != 0) {
+  if (p.mask.threshold_twice != 0) {
     go(lora_da::kernel<T, kRank, true>);
   } else {
     go(lora_da::kernel<T, kRank, false>);
@@ -134,7 +130,7 @@ void lora_project(const LoraProjectArgs& args, const Context& context) {
     }
     cast<T>(segments, context);
     if (args.m == 0) return;
-    const lora_xa::Plan plan = lora_xa::make_plan(args.m, args.k, args.blocks, device_limits());
+    const lora_xa::Plan plan = lora_xa::make_plan(args.m, args.k, device_limits());
     for (int64_t first = 0; first < rank; first += lora_xa::kMostRank) {
       lora_xa::Problem p{};
       p.x = args.x;
@@ -143,9 +139,7 @@ void lora_project(const LoraProjectArgs& args, const Context& context) {
       p.m = static_cast<int>(args.m), p.k = static_cast<int>(args.k);
       p.r = static_cast<int>(std::min<int64_t>(rank - first, lora_xa::kMostRank));
       p.xa_pitch = static_cast<int>(rank);
-      p.scale = static_cast<float>(1.0 / (1.0 - args.p));
-      p.threshold = static_cast<uint32_t>(dropout_threshold(args.p));
-      p.seed = args.seed;
+      p.mask = make_mask(args.p, args.seed);
       p.tiles = plan.tiles, p.chunks = plan.chunks;
       choose_project<T>(p, plan, context);
     }
@@ -202,13 +196,18 @@ void lora_gradient(const LoraGradientArgs& args, const Context& context) {
   check_sizes("lora_gradient", args.m, args.k, "k", args.p);
   check(args.count >= 1 && args.count <= kMostAdapters, "lora_gradient: ", args.count, " adapters; needs 1 to ",
         kMostAdapters);
-  check_aligned("lora_gradient", {args.x, args.dxa});
+  check_aligned("lora_gradient", {args.x, args.dxa, args.workspace});
+  check(args.m > 0, "lora_gradient: m is 0; there is nothing to sum");
   int64_t rank = 0;
   for (int64_t i = 0; i < args.count; ++i) {
     check(args.r[i] >= 1 && is_aligned(args.da[i]), "lora_gradient: gradient ", i, " has rank ", args.r[i],
           ", or is not aligned to 16 bytes");
     rank += padded_rank(args.r[i]);
   }
+  const lora_da::Plan plan = lora_da::make_plan(args.m, args.k, device_limits());
+  const int64_t needed = lora_da::workspace_bytes(plan, rank);
+  check(args.workspace_bytes >= needed, "lora_gradient: the workspace has ", args.workspace_bytes, " bytes; needs ",
+        needed);
   dispatch_16bit("lora_gradient", args.dtype, [&](auto zero) {
     using T = decltype(zero);
     for (int64_t first = 0; first < rank; first += lora_da::kMostRank) {
@@ -218,11 +217,10 @@ void lora_gradient(const LoraGradientArgs& args, const Context& context) {
       p.m = static_cast<int>(args.m), p.k = static_cast<int>(args.k);
       p.r = static_cast<int>(std::min<int64_t>(rank - first, lora_da::kMostRank));
       p.dxa_pitch = static_cast<int>(rank);
-      p.scale = static_cast<float>(1.0 / (1.0 - args.p));
-      p.threshold = static_cast<uint32_t>(dropout_threshold(args.p));
-      p.seed = args.seed;
+      p.mask = make_mask(args.p, args.seed);
       p.beside = args.beside && first == 0 && device_limits().wgmma;
-      p.plan = lora_da::make_plan(args.m, args.k, p.r, device_limits());
+      p.plan = plan;
+      p.parts = static_cast<float*>(args.workspace), p.counters = args.counters;
       int64_t row = -first;  // of an adapter's first, among this launch's
       for (int64_t i = 0; i < args.count; ++i) {
         p.rows.to[i] = args.da[i];
@@ -233,8 +231,6 @@ void lora_gradient(const LoraGradientArgs& args, const Context& context) {
         launch_gradient<T, 16>(p, context);
       } else if (p.r <= 32) {
         launch_gradient<T, 32>(p, context);
-      } else if (p.r <= 48) {
-        launch_gradient<T, 48>(p, context);
       } else {
         launch_gradient<T, 64>(p, context);
       }

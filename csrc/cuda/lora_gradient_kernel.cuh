@@ -1,13 +1,15 @@
 // Gradient by the down-projection of a LoRA linear: dA[r, k] = scale * dxa[m, r]^T (keep * x[m, k]), one read of x.
 //
 // Layout   dxa, x: T, row-major, rows at 16-byte boundaries; k % 8 == 0; dA: float, row-major
-// Plan     A thread block owns kColumns of x in a slab of tokens, the blocks of a cluster the slabs; they add their
-// sums
-//          in order through each other's shared memory. A warp takes 16 tokens by 64 columns a step: a lane eight
-//          neighbouring columns of four tokens, whose masks are two calls of the generator each, in places of its own
-//          of a ring that cp.async fills. Two tokens of a column are paired in registers; each lane's column i, of
-//          eight, belongs to product i, so that its sums of a row of dA are eight neighbours.
-// Source   fragment layout: PTX ISA, mma.m16n8k16 and ldmatrix.
+// Plan     Blocks of kColumns of x by all tokens, kTokens a step, are laid end to end and divided among the thread
+//          blocks in equal shares, one a multiprocessor. A share's sums of a block of columns go to a workspace, and
+//          whoever comes last adds a block's parts in their order: no clusters, which would have to wait for several
+//          free multiprocessors side by side, and no second kernel.
+//          A step lies in a ring that cp.async fills. A warp takes sixteen tokens of it by 128 columns: a lane sixteen
+//          neighbouring columns of the four tokens that share calls of the mask's generator. Two tokens of a column are
+//          paired in registers; each lane's column i, of sixteen, belongs to product i, so that its sums of a row of dA
+//          are sixteen neighbours. Above rank 32 two warps share the ranks.
+// Source   fragment layout: PTX ISA, mma.m16n8k16 and ldmatrix; equal shares: stream-K (arXiv 2301.03598).
 #pragma once
 
 #include <cstdint>
@@ -31,161 +33,203 @@ struct Problem {
   const void* dxa;
   int m, k, r;  // r: of this launch, at most kRank
   int dxa_pitch;
-  float scale;
-  uint32_t threshold;
-  uint64_t seed;
+  Mask mask;
   bool beside;
   Rows rows;
   Plan plan;
+  float* parts;        // [slot][kRank][kColumns]
+  unsigned* counters;  // of each block of columns: zero, and left so
 };
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kXBytes = kTokens * kColumns * 2;
+constexpr int kSmem = 224 * 1024;
 
 template <int kRank>
 struct Config {
-  static constexpr int kFactorPitch = 2 * kRank + 16;  // of rows of dxa: ldmatrix meets no bank twice
+  static constexpr int kSplit = kRank > 32 ? 2 : 1;       // of the ranks among warps
+  static constexpr int kGroups = 4 / kSplit;              // warps that take different tokens of the same columns
+  static constexpr int kRankTiles = kRank / kSplit / 16;  // of a warp
+  static constexpr int kFactorPitch = 2 * kRank + 16;     // of rows of dxa: ldmatrix meets no bank twice
   static constexpr int kStageBytes = kXBytes + kTokens * kFactorPitch;
-  static constexpr int kStages = 112 * 1024 / kStageBytes;
+  static constexpr int kStages = kSmem / kStageBytes;
   static constexpr int kSumPitch = kColumns + 4;
-  static constexpr int kSumBytes = 2 * kRank * kSumPitch * 4;
+  static constexpr int kSumBytes = kGroups * kRank * kSumPitch * 4;  // in the ring's place
   static constexpr int kRingBytes = kStages * kStageBytes;
-  static constexpr unsigned kBytes = kRingBytes > kSumBytes ? kRingBytes : kSumBytes;
+  static constexpr unsigned kBytes = (kRingBytes > kSumBytes ? kRingBytes : kSumBytes) + 16;
+  static_assert(kRank % (16 * kSplit) == 0 && kStages >= 3 && kBytes <= 227 * 1024);
 };
 
+// Byte of a tile of x. A quarter of a warp reads four rows, two pieces of 16 bytes of each.
+__device__ inline uint32_t x_at(int token, int sixteen) {
+  return static_cast<uint32_t>(token * kColumns * 2 + ((sixteen ^ (token / 2 % 2) ^ (token & 4)) * 16));
+}
+
+__device__ inline void write_rows(const Problem& p, int row, int column, const float4& v) {
+  if (column >= p.k) return;
+#pragma unroll
+  for (int which = 0; which < kMostAdapters; ++which) {
+    if (row >= p.rows.first[which] && row < p.rows.end[which]) {
+      *reinterpret_cast<float4*>(p.rows.to[which] + static_cast<int64_t>(row - p.rows.first[which]) * p.k + column) = {
+          v.x * p.mask.scale, v.y * p.mask.scale, v.z * p.mask.scale, v.w * p.mask.scale};
+    }
+  }
+}
+
 template <typename T, int kRank, bool kDropout>
-__global__ void __launch_bounds__(kThreads, kRank > 32 ? 1 : 2) kernel(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Problem p) {
   using C = Config<kRank>;
-  constexpr int kRankTiles = kRank / 16;
+  constexpr int kRankTiles = C::kRankTiles;
   extern __shared__ __align__(1024) uint8_t smem_raw[];
-  const uint32_t ring = smem_address(smem_raw);
+  const uint32_t ring = smem_address(smem_raw), last = ring + C::kBytes - 16;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int half = warp / 4, warp_column = warp % 4 * 64;
-  int rank = 0, cluster = 1;
-  if constexpr (kLaunchesOverlap) rank = static_cast<int>(cluster_rank()), cluster = static_cast<int>(cluster_size());
-  const int first_column = static_cast<int>(blockIdx.x) / cluster * kColumns + warp_column + 8 * g;
-  const int first_token = rank * p.plan.slab_tokens;
-  const int steps = max(0, (min(p.plan.slab_tokens, p.m - first_token) + kTokens - 1) / kTokens);
-  const int lane_token = half * 16 + 2 * t;  // and the next, and eight further
+  const int warp_column = warp % 2 * 128, first_rank = warp / 2 % C::kSplit * (kRank / C::kSplit);
+  const int group = warp / 2 / C::kSplit;
+  const int first_step = static_cast<int>(blockIdx.x) * p.plan.share;
+  const int end_step = min(first_step + p.plan.share, p.plan.column_blocks * p.plan.steps);
   if (!p.beside) wait_for_kernel_before();
   let_next_kernel_start();
 
-  const auto fetch = [&](int step, int stage) {
-    if (step < steps) {
+  int coming = first_step, end = first_step;  // `end`: of the steps of the block of columns at hand
+  const auto fetch = [&](int stage) {
+    if (coming < end) {
       const uint32_t to = ring + stage * C::kStageBytes;
-      const int token0 = first_token + step * kTokens;
+      const int block = coming / p.plan.steps, token0 = (coming - block * p.plan.steps) * kTokens;
+      const int column = block * kColumns + lane * 8;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = token0 + lane_token + i % 2 + i / 2 * 8;
-        const bool present = token < p.m && first_column < p.k;
-        const T* from = static_cast<const T*>(p.x) + (present ? static_cast<int64_t>(token) * p.k + first_column : 0);
-        copy_async_16(to + warp * 2048 + i * 512 + lane * 16, from, present ? 16 : 0);
+      for (int i = 0; i < kTokens / kWarps; ++i) {  // a warp copies whole rows
+        const int row = i * kWarps + warp;
+        const bool present = token0 + row < p.m && column < p.k;
+        const T* from = static_cast<const T*>(p.x) + (present ? static_cast<int64_t>(token0 + row) * p.k + column : 0);
+        copy_async_16(to + x_at(row, lane), from, present ? 16 : 0);
       }
       for (int at = threadIdx.x; at < kTokens * kRank / 8; at += kThreads) {
-        const int row = at / (kRank / 8), column = at % (kRank / 8) * 8;
-        const bool present = token0 + row < p.m && column < p.r;
+        const int row = at / (kRank / 8), rank = at % (kRank / 8) * 8;
+        const bool present = token0 + row < p.m && rank < p.r;
         const T* from =
-            static_cast<const T*>(p.dxa) + (present ? static_cast<int64_t>(token0 + row) * p.dxa_pitch + column : 0);
-        copy_async_16(to + kXBytes + row * C::kFactorPitch + column * 2, from, present ? 16 : 0);
+            static_cast<const T*>(p.dxa) + (present ? static_cast<int64_t>(token0 + row) * p.dxa_pitch + rank : 0);
+        copy_async_16(to + kXBytes + row * C::kFactorPitch + rank * 2, from, present ? 16 : 0);
       }
+      ++coming;
     }
     commit_async();
   };
-#pragma unroll 1
-  for (int i = 0; i < C::kStages - 1; ++i) fetch(i, i);
 
-  float acc[kRankTiles][8][4] = {};
-  int stage = 0;
-  for (int step = 0; step < steps; ++step) {
-    wait_async<C::kStages - 2>();
-    __syncthreads();  // dxa is complete, and all are done with the stage filled next
-    fetch(step + C::kStages - 1, stage == 0 ? C::kStages - 1 : stage - 1);
-    const uint32_t here = ring + stage * C::kStageBytes;
-    stage = stage + 1 == C::kStages ? 0 : stage + 1;
-    uint4 x[4];
+  for (int step = first_step; step < end_step;) {
+    const int block = step / p.plan.steps;
+    end = min(end_step, (block + 1) * p.plan.steps);
+#pragma unroll 1
+    for (int i = 0; i < C::kStages - 1; ++i) fetch(i);
+
+    float acc[kRankTiles][16][4] = {};
+    int stage = 0;
+    for (; step < end; ++step) {
+      wait_async<C::kStages - 2>();
+      __syncthreads();  // the tile is complete, and all are done with the stage filled next
+      fetch(stage == 0 ? C::kStages - 1 : stage - 1);
+      const uint32_t here = ring + stage * C::kStageBytes;
+      stage = stage + 1 == C::kStages ? 0 : stage + 1;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = load_shared(here + warp * 2048 + i * 512 + lane * 16);
-    if constexpr (kDropout) {
-      const int token = first_token + step * kTokens + lane_token;
-      const uint64_t quad = (static_cast<uint64_t>(token) * static_cast<uint32_t>(p.k) + first_column) / 4;
+      for (int some = 0; some < C::kSplit; ++some) {
+        const int token = (group * C::kSplit + some) * 16;  // of this warp's sixteen
+        uint32_t x[4][8];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        drop_eight(x[i], quad + static_cast<uint64_t>(i % 2 + i / 2 * 8) * static_cast<uint32_t>(p.k / 4), p.seed,
-                   p.threshold);
+        for (int i = 0; i < 4; ++i) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const uint4 v = load_shared(here + x_at(token + 2 * t + i % 2 + i / 2 * 8, warp_column / 8 + 2 * g + half));
+            x[i][4 * half] = v.x, x[i][4 * half + 1] = v.y, x[i][4 * half + 2] = v.z, x[i][4 * half + 3] = v.w;
+          }
+        }
+        if constexpr (kDropout) {
+          const int row_call = ((step - block * p.plan.steps) * kTokens + token) / kMaskBlock * kMaskRowCalls + t;
+          const int column_call = ((block * kColumns + warp_column) / kMaskBlock + g) * kMaskColumnCalls;
+          drop_sixteen(x, static_cast<uint32_t>(row_call), static_cast<uint32_t>(column_call), p.mask);
+        }
+        uint32_t a[kRankTiles][4];
+#pragma unroll
+        for (int j = 0; j < kRankTiles; ++j) {
+          load_matrices<true>(a[j], here + kXBytes + (token + lane / 16 * 8 + lane % 8) * C::kFactorPitch +
+                                        (first_rank + j * 16 + lane / 8 % 2 * 8) * 2);
+        }
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+          const uint32_t pick = i % 2 == 0 ? 0x5410 : 0x7632;
+          const uint32_t b0 = permute_bytes(x[0][i / 2], x[1][i / 2], pick);
+          const uint32_t b1 = permute_bytes(x[2][i / 2], x[3][i / 2], pick);
+#pragma unroll
+          for (int j = 0; j < kRankTiles; ++j) mma_m16n8k16<T>(acc[j][i], a[j], b0, b1);
+        }
       }
     }
-    uint32_t a[kRankTiles][4];
+
+    wait_async<0>();
+    __syncthreads();
+    // Sums [group][rank][column]: of a row this lane has columns 32t to 32t + 15, and the sixteen after them.
 #pragma unroll
     for (int j = 0; j < kRankTiles; ++j) {
-      load_matrices<true>(a[j], here + kXBytes + (half * 16 + lane / 16 * 8 + lane % 8) * C::kFactorPitch +
-                                    (j * 16 + lane / 8 % 2 * 8) * 2);
-    }
-    const uint32_t words[4][4] = {{x[0].x, x[0].y, x[0].z, x[0].w},
-                                  {x[1].x, x[1].y, x[1].z, x[1].w},
-                                  {x[2].x, x[2].y, x[2].z, x[2].w},
-                                  {x[3].x, x[3].y, x[3].z, x[3].w}};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint32_t pick = i % 2 == 0 ? 0x5410 : 0x7632;
-      const uint32_t b0 = permute_bytes(words[0][i / 2], words[1][i / 2], pick);
-      const uint32_t b1 = permute_bytes(words[2][i / 2], words[3][i / 2], pick);
-#pragma unroll
-      for (int j = 0; j < kRankTiles; ++j) mma_m16n8k16<T>(acc[j][i], a[j], b0, b1);
-    }
-  }
-
-  wait_async<0>();
-  __syncthreads();
-  // Sums [half][rank][column]: of a row this lane has columns 16t to 16t + 7, and the eight after them.
-#pragma unroll
-  for (int j = 0; j < kRankTiles; ++j) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-#pragma unroll
-      for (int b = 0; b < 2; ++b) {
-        const uint32_t to =
-            ring + ((half * kRank + j * 16 + g + 8 * h) * C::kSumPitch + warp_column + 8 * (2 * t + b)) * 4;
-        store_shared(to, {__float_as_uint(acc[j][0][2 * h + b]), __float_as_uint(acc[j][1][2 * h + b]),
-                          __float_as_uint(acc[j][2][2 * h + b]), __float_as_uint(acc[j][3][2 * h + b])});
-        store_shared(to + 16, {__float_as_uint(acc[j][4][2 * h + b]), __float_as_uint(acc[j][5][2 * h + b]),
-                               __float_as_uint(acc[j][6][2 * h + b]), __float_as_uint(acc[j][7][2 * h + b])});
-      }
-    }
-  }
-  if constexpr (kLaunchesOverlap) {
-    cluster_sync();
-  } else {
-    __syncthreads();
-  }
-  const int block_column = static_cast<int>(blockIdx.x) / cluster * kColumns;
-  for (int i = rank * kThreads + static_cast<int>(threadIdx.x); i < p.r * (kColumns / 4); i += cluster * kThreads) {
-    const int row = i / (kColumns / 4), column = i % (kColumns / 4) * 4;
-    float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
-    for (int other = 0; other < cluster; ++other) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const uint32_t at = ring + ((h * kRank + row) * C::kSumPitch + column) * 4;
-        float4 part;
-        if constexpr (kLaunchesOverlap) {
-          part = load_cluster_four(shared_of(static_cast<uint32_t>(other), at));
-        } else {
-          const uint4 bits = load_shared(at);
-          part = {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z), __uint_as_float(bits.w)};
-        }
-        sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-      }
-    }
-    sum.x *= p.scale, sum.y *= p.scale, sum.z *= p.scale, sum.w *= p.scale;
 #pragma unroll
-    for (int which = 0; which < kMostAdapters; ++which) {
-      if (row >= p.rows.first[which] && row < p.rows.end[which] && block_column + column < p.k) {
-        *reinterpret_cast<float4*>(p.rows.to[which] + static_cast<int64_t>(row - p.rows.first[which]) * p.k +
-                                   block_column + column) = sum;
+        for (int b = 0; b < 2; ++b) {
+          const uint32_t to =
+              ring +
+              ((group * kRank + first_rank + j * 16 + g + 8 * h) * C::kSumPitch + warp_column + 16 * (2 * t + b)) * 4;
+#pragma unroll
+          for (int i = 0; i < 16; i += 4) {
+            store_shared(to + i * 4,
+                         {__float_as_uint(acc[j][i][2 * h + b]), __float_as_uint(acc[j][i + 1][2 * h + b]),
+                          __float_as_uint(acc[j][i + 2][2 * h + b]), __float_as_uint(acc[j][i + 3][2 * h + b])});
+          }
+        }
       }
     }
+    __syncthreads();
+    const int first_part = block * p.plan.steps / p.plan.share;
+    const int parts = ((block + 1) * p.plan.steps - 1) / p.plan.share - first_part + 1;
+    const auto part_at = [&](int part) {
+      return p.parts + static_cast<int64_t>(first_part + part + block) * (kRank * kColumns);
+    };
+    for (int i = threadIdx.x; i < p.r * (kColumns / 4); i += kThreads) {
+      const int row = i / (kColumns / 4), column = i % (kColumns / 4) * 4;
+      float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+      for (int other = 0; other < C::kGroups; ++other) {
+        const uint4 bits = load_shared(ring + ((other * kRank + row) * C::kSumPitch + column) * 4);
+        sum.x += __uint_as_float(bits.x), sum.y += __uint_as_float(bits.y);
+        sum.z += __uint_as_float(bits.z), sum.w += __uint_as_float(bits.w);
+      }
+      if (parts == 1) {
+        write_rows(p, row, block * kColumns + column, sum);
+      } else {
+        __stcg(reinterpret_cast<float4*>(part_at(static_cast<int>(blockIdx.x) - first_part) + row * kColumns + column),
+               sum);
+      }
+    }
+    if (parts > 1) {
+      __threadfence();
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        store_shared_word(last, atomicInc(p.counters + block, static_cast<unsigned>(parts - 1)));  // wraps to 0
+        __threadfence();
+      }
+      __syncthreads();
+      if (load_shared_word(last) == static_cast<uint32_t>(parts - 1)) {
+        for (int i = threadIdx.x; i < p.r * (kColumns / 4); i += kThreads) {
+          const int row = i / (kColumns / 4), column = i % (kColumns / 4) * 4;
+          float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 4
+          for (int part = 0; part < parts; ++part) {
+            const float4 v = __ldcg(reinterpret_cast<const float4*>(part_at(part) + row * kColumns + column));
+            sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+          }
+          write_rows(p, row, block * kColumns + column, sum);
+        }
+      }
+    }
+    __syncthreads();  // the sums have been read, and the ring may be filled again
   }
-  if (p.beside) wait_for_kernel_before();          // so that who waits for this kernel has waited for the one before
-  if constexpr (kLaunchesOverlap) cluster_sync();  // nobody leaves with what another still reads
+  if (p.beside) wait_for_kernel_before();  // so that who waits for this kernel has waited for the one before
 }
 
 }  // namespace fastpeft::cuda::lora_da

@@ -10,28 +10,23 @@
 namespace fastpeft::cuda {
 
 namespace lora_xa {
-constexpr int kTokens = 128;  // of a tile: eight warps of 16
+constexpr int kTokens = 256;  // of a tile: eight warps of 32
 constexpr int kChunk = 64;    // of the depth
-constexpr int kMostRank = 192;
+constexpr int kMostRank = 64;
 
 struct Plan {
   int tiles, cluster;  // of tokens; thread blocks that divide the depth
   int chunks;          // of the depth, of a thread block
   int blocks;
 };
-inline Plan make_plan(int64_t m, int64_t k, int64_t most_blocks, const DeviceLimits& device) {
+inline Plan make_plan(int64_t m, int64_t k, const DeviceLimits& device) {
   const int chunks = static_cast<int>(ceil_div(k, kChunk));
   Plan p{static_cast<int>(ceil_div(m, kTokens)), 1, chunks, 0};
-  const int64_t room = most_blocks > 0 ? std::min<int64_t>(most_blocks, device.sms) : device.sms;
   if (device.wgmma) {
-    while (p.cluster < 8 && 2 * p.cluster <= chunks && p.tiles * 2 * p.cluster <= room) p.cluster *= 2;
-    // Where other thread blocks fill in beside, pairs leave pairs free.
-    if (most_blocks > 0 && p.cluster == 1 && chunks > 1) p.cluster = 2;
+    while (p.cluster < 8 && 2 * p.cluster <= chunks && p.tiles * 2 * p.cluster <= device.sms) p.cluster *= 2;
   }
   p.chunks = static_cast<int>(ceil_div(chunks, p.cluster));
-  p.blocks = p.tiles * p.cluster;
-  if (most_blocks > 0)
-    p.blocks = static_cast<int>(std::min<int64_t>(p.blocks, std::max<int64_t>(1, room / p.cluster) * p.cluster));
+  p.blocks = p.cluster * std::min(p.tiles, std::max(1, device.sms / p.cluster));
   return p;
 }
 }  // namespace lora_xa
@@ -61,22 +56,26 @@ inline int64_t workspace_bytes(const Plan& p, int64_t m, int64_t n, int64_t r) {
 }  // namespace lora_dy
 
 namespace lora_da {
-constexpr int kColumns = 256;  // of x, of a thread block
-constexpr int kTokens = 32;    // of a step
+constexpr int kColumns = 256;  // of x, of a block of columns
+constexpr int kTokens = 64;    // of a step
 constexpr int kMostRank = 64;
 
 struct Plan {
-  int column_blocks, cluster;  // thread blocks of a cluster divide the tokens
-  int slab_tokens;
+  int column_blocks, steps;  // of each
+  int share;                 // steps of a thread block, the blocks of columns laid end to end
+  int blocks;
 };
-inline Plan make_plan(int64_t m, int64_t k, int64_t rank, const DeviceLimits& device) {
-  Plan p{static_cast<int>(ceil_div(k, kColumns)), 1, 0};
-  const int room = (rank > 32 ? 1 : 2) * device.sms;
-  if (device.wgmma) {
-    while (p.cluster < 8 && p.column_blocks * 2 * p.cluster <= room && 2 * p.cluster * kTokens <= m) p.cluster *= 2;
-  }
-  p.slab_tokens = static_cast<int>(ceil_div(ceil_div(m, p.cluster), kTokens) * kTokens);
+inline Plan make_plan(int64_t m, int64_t k, const DeviceLimits& device) {
+  Plan p{};
+  p.column_blocks = static_cast<int>(ceil_div(k, kColumns)), p.steps = static_cast<int>(ceil_div(m, kTokens));
+  p.share = static_cast<int>(ceil_div(int64_t{p.column_blocks} * p.steps, device.sms));
+  p.blocks = static_cast<int>(ceil_div(int64_t{p.column_blocks} * p.steps, p.share));
   return p;
+}
+constexpr int64_t stored_rank(int64_t r) { return r <= 16 ? 16 : r <= 32 ? 32 : 64; }
+// A partial sum of each share's piece of a block of columns; `rank`: of all adapters, padded.
+inline int64_t workspace_bytes(const Plan& p, int64_t rank) {
+  return 4 * stored_rank(rank) * kColumns * (p.blocks + p.column_blocks);
 }
 }  // namespace lora_da
 

@@ -1,11 +1,12 @@
 // Down-projection of a LoRA linear: xa[m, r] = scale * (keep * x[m, k]) A16[r, k]^T, one read of x.
 //
 // Layout   x, A16, xa: T, row-major; k % 8 == 0, r % 8 == 0, rows at 16-byte boundaries
-// Plan     A warp owns 16 tokens, a thread block 128; the blocks of a cluster divide the depth and add their sums in
-//          order through each other's shared memory. x goes by cp.async into a deep ring in which every lane has places
-//          of its own: it reads back what it wrote itself. As the order of the depth within a product is free, a lane's
-//          eight neighbouring elements are its share of two of them, and two calls of the generator are their mask.
-//          A16 goes through the same ring, for all warps.
+// Plan     A warp owns 32 tokens, a thread block 256; the blocks of a cluster divide the depth and add their sums in
+//          order through each other's shared memory. x and A16 go by cp.async into a deep ring. As tokens and the order
+//          of the depth may be dealt out freely, a lane takes of a chunk sixteen neighbouring elements of the four
+//          tokens that share calls of the mask's generator: eight calls for 64 elements.
+//          x is asked for before the kernel before has ended: that one copies A16 (lora_cast.cuh) and has itself waited
+//          for what made x.
 // Source   fragment layout: PTX ISA, mma.m16n8k16.
 #pragma once
 
@@ -25,9 +26,7 @@ struct Problem {
   void* xa;
   int m, k, r;   // r: of this launch's columns
   int xa_pitch;  // elements
-  float scale;
-  uint32_t threshold;
-  uint64_t seed;
+  Mask mask;
   int tiles, chunks;  // chunks of the depth of a thread block
 };
 
@@ -40,10 +39,18 @@ struct Config {
   static constexpr int kXBytes = kTokens * kChunk * 2, kABytes = kRank * kChunk * 2, kStageBytes = kXBytes + kABytes;
   static constexpr int kSumPitch = kRank + 4;  // of the sums [token][column], in floats
   static constexpr int kSumBytes = kTokens * kSumPitch * 4;
-  static constexpr int kStages = (kSmem - kSumBytes) / kStageBytes < 12 ? (kSmem - kSumBytes) / kStageBytes : 12;
+  static constexpr int kStages = (kSmem - kSumBytes) / kStageBytes;
   static constexpr unsigned kBytes = kStages * kStageBytes + kSumBytes;
   static_assert(kStages >= 3);
 };
+
+// Bytes of rows of one chunk, 128 bytes each. A quarter of a warp reads two of the rows, every second 16 bytes.
+__device__ inline uint32_t x_at(int token, int sixteen) {
+  return static_cast<uint32_t>(token * 128 + ((sixteen ^ (token / 2 % 8)) * 16));
+}
+__device__ inline uint32_t a_at(int row, int sixteen) {
+  return static_cast<uint32_t>(row * 128 + ((sixteen ^ (row % 8)) * 16));
+}
 
 // The ring's chunks in the order in which a thread block takes them.
 struct Walk {
@@ -56,66 +63,99 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Pr
   extern __shared__ __align__(1024) uint8_t smem_raw[];
   const uint32_t ring = smem_address(smem_raw), sums = ring + C::kStages * C::kStageBytes;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int lane_token = warp * 32 + g / 4 * 16 + g % 4 * 2;  // and the next, and those eight further
   int rank = 0, cluster = 1;
   if constexpr (kLaunchesOverlap) rank = static_cast<int>(cluster_rank()), cluster = static_cast<int>(cluster_size());
   const int first_chunk = rank * p.chunks;
   const int chunks = max(0, min(p.chunks, (p.k + kChunk - 1) / kChunk - first_chunk));
   const int first_tile = static_cast<int>(blockIdx.x) / cluster, tile_step = static_cast<int>(gridDim.x) / cluster;
+
+  const auto advance = [&](Walk& w) {
+    if (++w.chunk == chunks) w.chunk = 0, w.tile += tile_step;
+  };
+  const auto fetch_x = [&](const Walk& w, int stage) {
+    const uint32_t to = ring + stage * C::kStageBytes;
+    const int column = (first_chunk + w.chunk) * kChunk + static_cast<int>(threadIdx.x) % 8 * 8;
+#pragma unroll
+    for (int i = 0; i < kTokens * 8 / kThreads; ++i) {
+      const int token = i * (kThreads / 8) + static_cast<int>(threadIdx.x) / 8, row = w.tile * kTokens + token;
+      const bool present = row < p.m && column < p.k;
+      const T* from = static_cast<const T*>(p.x) + (present ? static_cast<int64_t>(row) * p.k + column : 0);
+      copy_async_16(to + x_at(token, static_cast<int>(threadIdx.x) % 8), from, present ? 16 : 0);
+    }
+  };
+  const auto fetch_a = [&](const Walk& w, int stage) {
+    const uint32_t to = ring + stage * C::kStageBytes + C::kXBytes;
+    const int column = (first_chunk + w.chunk) * kChunk;
+#pragma unroll
+    for (int i = threadIdx.x; i < C::kRank * 8; i += kThreads) {
+      const int row = i / 8, at = column + i % 8 * 8;
+      const bool present = row < p.r && at < p.k;
+      const T* from = static_cast<const T*>(p.a) + (present ? static_cast<int64_t>(row) * p.k + at : 0);
+      copy_async_16(to + a_at(row, i % 8), from, present ? 16 : 0);
+    }
+  };
+
+  Walk coming{chunks > 0 ? first_tile : p.tiles, 0};
+  {
+    Walk ahead = coming;
+#pragma unroll 1
+    for (int i = 0; i < C::kStages - 1 && ahead.tile < p.tiles; ++i, advance(ahead)) fetch_x(ahead, i);
+  }
   wait_for_kernel_before();
   let_next_kernel_start();
-
-  Walk coming{first_tile, 0};
-  const auto fetch = [&](int stage) {
-    if (chunks > 0 && coming.tile < p.tiles) {
-      const uint32_t to = ring + stage * C::kStageBytes;
-      const int column = (first_chunk + coming.chunk) * kChunk;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {  // row g or g + 8, first or second half of the chunk
-        const int row = coming.tile * kTokens + warp * 16 + g + i % 2 * 8, at = column + i / 2 * 32 + t * 8;
-        const bool present = row < p.m && at < p.k;
-        const T* from = static_cast<const T*>(p.x) + (present ? static_cast<int64_t>(row) * p.k + at : 0);
-        copy_async_16(to + warp * 2048 + i * 512 + lane * 16, from, present ? 16 : 0);
-      }
-#pragma unroll
-      for (int i = threadIdx.x; i < C::kRank * 8; i += kThreads) {
-        const int row = i / 8, at = column + i % 8 * 8;
-        const bool present = row < p.r && at < p.k;
-        const T* from = static_cast<const T*>(p.a) + (present ? static_cast<int64_t>(row) * p.k + at : 0);
-        copy_async_16(to + C::kXBytes + row * 128 + ((i % 8) ^ (row % 2 * 4)) * 16, from, present ? 16 : 0);
-      }
-      if (++coming.chunk == chunks) coming.chunk = 0, coming.tile += tile_step;
+#pragma unroll 1
+  for (int i = 0; i < C::kStages - 1; ++i) {
+    if (coming.tile < p.tiles) {
+      fetch_a(coming, i);
+      advance(coming);
     }
     commit_async();
-  };
-#pragma unroll 1
-  for (int i = 0; i < C::kStages - 1; ++i) fetch(i);
+  }
 
   int stage = 0;
   for (int tile = first_tile; tile < p.tiles; tile += tile_step) {
-    const int row = tile * kTokens + warp * 16 + g;
-    float acc[kTiles][4] = {};
+    float acc[2][kTiles][4] = {};
     for (int chunk = 0; chunk < chunks; ++chunk) {
       wait_async<C::kStages - 2>();
-      __syncthreads();  // A16 of this chunk is complete, and all are done with the stage filled next
-      fetch(stage == 0 ? C::kStages - 1 : stage - 1);
+      __syncthreads();  // the chunk is complete, and all are done with the stage filled next
+      if (coming.tile < p.tiles) {
+        const int to = stage == 0 ? C::kStages - 1 : stage - 1;
+        fetch_x(coming, to);
+        fetch_a(coming, to);
+        advance(coming);
+      }
+      commit_async();
       const uint32_t here = ring + stage * C::kStageBytes;
       stage = stage + 1 == C::kStages ? 0 : stage + 1;
+      uint32_t x[4][8];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint4 low = load_shared(here + warp * 2048 + half * 1024 + lane * 16);
-        uint4 high = load_shared(here + warp * 2048 + half * 1024 + 512 + lane * 16);
-        if constexpr (kDropout) {
-          const int column = (first_chunk + chunk) * kChunk + half * 32 + t * 8;
-          const uint64_t quad = (static_cast<uint64_t>(row) * static_cast<uint32_t>(p.k) + column) / 4;
-          drop_eight(low, quad, p.seed, p.threshold);
-          drop_eight(high, quad + 2 * static_cast<uint64_t>(p.k), p.seed, p.threshold);
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint4 v = load_shared(here + x_at(lane_token + i % 2 + i / 2 * 8, 2 * t + half));
+          x[i][4 * half] = v.x, x[i][4 * half + 1] = v.y, x[i][4 * half + 2] = v.z, x[i][4 * half + 3] = v.w;
         }
-        const uint32_t first[4] = {low.x, high.x, low.y, high.y}, second[4] = {low.z, high.z, low.w, high.w};
+      }
+      if constexpr (kDropout) {
+        const int row_call = (tile * kTokens + warp * 32) / kMaskBlock * kMaskRowCalls + g;
+        const int column_call = ((first_chunk + chunk) * kChunk / kMaskBlock + t) * kMaskColumnCalls;
+        drop_sixteen(x, static_cast<uint32_t>(row_call), static_cast<uint32_t>(column_call), p.mask);
+      }
+      // Product s takes elements 4s to 4s + 3 of each lane. Rows g and g + 8 of tile i are the lane's tokens 2i, 2i
+      // + 1.
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
-          const uint4 a = load_shared(here + C::kXBytes + (8 * j + g) * 128 + ((half * 4 + t) ^ (g % 2 * 4)) * 16);
-          mma_m16n8k16<T>(acc[j], first, a.x, a.y);
-          mma_m16n8k16<T>(acc[j], second, a.z, a.w);
+      for (int j = 0; j < kTiles; ++j) {
+        const uint4 low = load_shared(here + C::kXBytes + a_at(8 * j + g, 2 * t));
+        const uint4 high = load_shared(here + C::kXBytes + a_at(8 * j + g, 2 * t + 1));
+        const uint32_t b[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+        for (int s = 0; s < 4; ++s) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const uint32_t a[4] = {x[2 * i][2 * s], x[2 * i + 1][2 * s], x[2 * i][2 * s + 1], x[2 * i + 1][2 * s + 1]};
+            mma_m16n8k16<T>(acc[i][j], a, b[2 * s], b[2 * s + 1]);
+          }
         }
       }
     }
@@ -124,10 +164,12 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Pr
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          if (8 * j < p.r && row + 8 * h < p.m) {
-            T* to = static_cast<T*>(p.xa) + static_cast<int64_t>(row + 8 * h) * p.xa_pitch + 8 * j + 2 * t;
-            *reinterpret_cast<uint32_t*>(to) = pack_pair<T>(acc[j][2 * h] * p.scale, acc[j][2 * h + 1] * p.scale);
+        for (int i = 0; i < 4; ++i) {
+          const int row = tile * kTokens + lane_token + i % 2 + i / 2 * 8;
+          if (8 * j < p.r && row < p.m) {
+            T* to = static_cast<T*>(p.xa) + static_cast<int64_t>(row) * p.xa_pitch + 8 * j + 2 * t;
+            *reinterpret_cast<uint32_t*>(to) =
+                pack_pair<T>(acc[i / 2][j][i % 2 * 2] * p.mask.scale, acc[i / 2][j][i % 2 * 2 + 1] * p.mask.scale);
           }
         }
       }
@@ -137,9 +179,9 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Pr
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          store_shared_pair(sums + ((warp * 16 + g + 8 * h) * C::kSumPitch + 8 * j + 2 * t) * 4, acc[j][2 * h],
-                            acc[j][2 * h + 1]);
+        for (int i = 0; i < 4; ++i) {
+          store_shared_pair(sums + ((lane_token + i % 2 + i / 2 * 8) * C::kSumPitch + 8 * j + 2 * t) * 4,
+                            acc[i / 2][j][i % 2 * 2], acc[i / 2][j][i % 2 * 2 + 1]);
         }
       }
       cluster_sync();
@@ -154,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Pr
         }
         if (tile * kTokens + token < p.m) {
           T* to = static_cast<T*>(p.xa) + static_cast<int64_t>(tile * kTokens + token) * p.xa_pitch + 2 * pair;
-          *reinterpret_cast<uint32_t*>(to) = pack_pair<T>(sum.x * p.scale, sum.y * p.scale);
+          *reinterpret_cast<uint32_t*>(to) = pack_pair<T>(sum.x * p.mask.scale, sum.y * p.mask.scale);
         }
       }
       cluster_sync();  // nobody overwrites, or leaves with, what another still reads

@@ -119,7 +119,10 @@ struct ChunkWalk {
   int out0, m0;
   bool more;
 };
-template <typename C>
+struct NoAdapters {
+  static constexpr bool kAdapter = false;
+};
+template <typename C = NoAdapters>
 __device__ inline void enter(const Plan& plan, int seat, ChunkWalk& c) {
   Item item;
   c.more = find_item(plan, seat, c.index, item);
@@ -127,7 +130,7 @@ __device__ inline void enter(const Plan& plan, int seat, ChunkWalk& c) {
   if (C::kAdapter && c.end == plan.chunks) ++c.end;
   c.out0 = item.out0, c.m0 = item.m0;
 }
-template <typename C>
+template <typename C = NoAdapters>
 __device__ inline void advance(const Plan& plan, int seat, ChunkWalk& c) {
   if (++c.chunk < c.end || !c.more) return;
   ++c.index;
@@ -460,8 +463,8 @@ __device__ bool add_parts(const Problem& p, const Item& item, float (&d)[C::kTok
 }
 
 template <typename T, typename C>
-__device__ void store(const CUtensorMap* map_y, const Problem& p, bool add, int out0, int tile_m0,
-                      float (&d)[C::kTokens / 2], uint32_t smem, int group) {
+__device__ void store(const CUtensorMap* map_y, const Problem& p, int out0, int tile_m0, float (&d)[C::kTokens / 2],
+                      uint32_t smem, int group, bool add = false) {
   constexpr int kTokens = C::kTokens;
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   out0 += group * 64;
@@ -493,7 +496,7 @@ __device__ void store(const CUtensorMap* map_y, const Problem& p, bool add, int 
     if (p.store_by_tma) {
       if (thread == 0) {
         if (out0 < p.plan.out && m0 < p.plan.m) {
-          if (C::kAdapter && add) {
+          if (add) {
             tma_add(map_y, tile, out0, m0);
           } else {
             tma_store(map_y, tile, out0, m0);
@@ -523,22 +526,18 @@ __device__ inline void multiply_masked(uint32_t w, uint32_t x, int pieces, const
   const int first = lane / 16 * 8 + lane % 8, second = lane / 8 % 2;  // of this lane's row of four matrices
 #pragma unroll 1
   for (int q = 0; q < pieces; ++q) {
-    uint32_t a[4];  // 16 of out by 16 of the rank
+    uint32_t a[4], b[2][4];  // 16 of out by 16 of the rank; 16 tokens by 16 of the rank, and the next
     load_matrices<true>(a, w + swizzled(q * 16 + first, (warp * 16 + second * 8) * 2));
+    load_matrices<false>(b[0], x + swizzled(first, q * 32 + second * 16));
 #pragma unroll
     for (int j = 0; j < C::kTokens / 16; ++j) {
-      uint32_t b[4];  // 16 tokens by 16 of the rank
-      load_matrices<false>(b, x + swizzled(j * 16 + first, q * 32 + second * 16));
+      if (j + 1 < C::kTokens / 16)
+        load_matrices<false>(b[(j + 1) % 2], x + swizzled(j * 16 + 16 + first, q * 32 + second * 16));
+      float e[2][4] = {};
+      mma_m16n8k16<T>(e[0], a, b[j % 2][0], b[j % 2][1]);
+      mma_m16n8k16<T>(e[1], a, b[j % 2][2], b[j % 2][3]);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float e[4] = {};
-        mma_m16n8k16<T>(e, a, b[2 * half], b[2 * half + 1]);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int at = 8 * j + 4 * half + i;
-          if (mask.keeps(at)) d[at] += e[i] * keep_scale;
-        }
-      }
+      for (int i = 0; i < 8; ++i) add_if(mask.keeps(8 * j + i), d[8 * j + i], e[i / 4][i % 4], keep_scale);
     }
   }
 }
@@ -566,21 +565,15 @@ __device__ void multiply(const CUtensorMap* map_y, const typename C::AdapterOrNo
     [[maybe_unused]] const bool ends = C::kAdapter && item.first_chunk + item.chunks == p.plan.chunks;
     [[maybe_unused]] bool masked = false;
     if constexpr (C::kAdapter && kBackward) {
-      masked = ends && adapter.threshold != 0;
-      if (masked) {
-        const int warp = threadIdx.x / 32 % 4;
-        mask.start(item.m0 + rank * kTokens, item.out0 + group * 64 + warp * 16, p.plan.out, lane);
-      }
+      masked = ends && adapter.mask.threshold_twice != 0;
+      if (masked) mask.start(item.m0 + rank * kTokens, item.out0 + group * 64 + threadIdx.x / 32 % 4 * 16, lane);
     }
     [[maybe_unused]] const auto draw = [&] {
       if constexpr (C::kAdapter && kBackward) {
-        if (masked && mask.calls < mask.kCalls) mask.draw(p.plan.out, adapter.seed, adapter.threshold, lane);
+        if (masked && mask.calls < mask.kCalls) mask.draw(adapter.mask);
       }
     };
-    // The adapter's chunk is one more, left after the last step that has something of the rank.
-    const int chunks = item.chunks + (C::kAdapter && ends && !masked ? 1 : 0);
-    int left = 0;  // steps of it that follow
-    for (int chunk = 0; chunk < chunks; ++chunk) {
+    for (int chunk = 0; chunk < item.chunks; ++chunk) {
 #pragma unroll
       for (int i = 0; i < kChunkSteps; ++i) {
         const int at = C::kStages == kChunkSteps ? i : stage.at;  // a constant where it can be
@@ -592,22 +585,48 @@ __device__ void multiply(const CUtensorMap* map_y, const typename C::AdapterOrNo
         for (int q = 0; q < kStep / 16; ++q) {
           wgmma<T, kBackward, kTokens>(d, w + kDescriptorStep<kBackward> * q, x + kDescriptorStep<false> * q,
                                        q > 0 || i > 0 || chunk > 0);
-          if (C::kAdapter && i == 0 && q == 0 && chunk == item.chunks && adapter.r <= 16) break;
         }
         wgmma_commit();
-        draw();
+        if (i % 2 == 0) draw();
         wgmma_wait<1>();
         if (i > 0 || chunk > 0) release(before);
         before = at;
         if (C::kStages != kChunkSteps) stage.advance<C::kStages>();
-        if (C::kAdapter && chunk == item.chunks && (i + 1) * kStep >= adapter.r) {
-          left = kChunkSteps - 1 - i;
-          goto done;
-        }
       }
       if (C::kStages == kChunkSteps) stage.parity ^= 1;
     }
-  done:
+    [[maybe_unused]] int left = kChunkSteps;  // steps of the adapter's chunk, which is walked whatever the rank
+    [[maybe_unused]] const auto pass_on = [&](int at) {
+      if (C::kStages != kChunkSteps) stage.advance<C::kStages>();
+      --left;
+      return at;
+    };
+    [[maybe_unused]] const auto take = [&] {
+      const int at = C::kStages == kChunkSteps ? kChunkSteps - left : stage.at;
+      barrier_wait(smem + C::full + 8 * at, stage.parity);
+      return at;
+    };
+    if constexpr (C::kAdapter) {
+      if (ends && !masked) {
+#pragma unroll 1
+        for (int step = 0; step * kStep < adapter.r; ++step) {
+          const int at = take();
+          const uint64_t x = desc_x + at * (C::kXBytes >> 4), w = desc_w + at * (C::kWBytes >> 4);
+          wgmma_fence();
+          wgmma<T, kBackward, kTokens>(d, w, x, true);
+          if (adapter.r > 16) {
+#pragma unroll
+            for (int q = 1; q < kStep / 16; ++q) {
+              wgmma<T, kBackward, kTokens>(d, w + kDescriptorStep<kBackward> * q, x + kDescriptorStep<false> * q, true);
+            }
+          }
+          wgmma_commit();
+          wgmma_wait<1>();
+          release(before);
+          before = pass_on(at);
+        }
+      }
+    }
     wgmma_wait<0>();
     release(before);
     if constexpr (C::kAdapter) {
@@ -618,24 +637,16 @@ __device__ void multiply(const CUtensorMap* map_y, const typename C::AdapterOrNo
           for (int i = 0; i < kTokens / 2; ++i) asm volatile("" : "+f"(d[i])::"memory");
 #pragma unroll 1
           for (int step = 0; step * kStep < adapter.r; ++step) {
-            const int at = C::kStages == kChunkSteps ? step : stage.at;
-            barrier_wait(smem + C::full + 8 * at, stage.parity);
+            const int at = take();
             multiply_masked<T, C>(
                 smem + C::w + at * C::kWBytes + group * (C::kWBytes / 2), smem + C::x + at * C::kXBytes,
-                smaller(ceil_divide(adapter.r - step * kStep, 16), kStep / 16), mask, adapter.keep_scale, d);
-            release(at);
-            if (C::kStages != kChunkSteps) stage.advance<C::kStages>();
-            left = kChunkSteps - 1 - step;
+                smaller(ceil_divide(adapter.r - step * kStep, 16), kStep / 16), mask, adapter.mask.scale, d);
+            release(pass_on(at));
           }
         }
       }
       if (ends) {
-        for (; left > 0; --left) {
-          const int at = C::kStages == kChunkSteps ? kChunkSteps - left : stage.at;
-          barrier_wait(smem + C::full + 8 * at, stage.parity);
-          release(at);
-          if (C::kStages != kChunkSteps) stage.advance<C::kStages>();
-        }
+        while (left > 0) release(pass_on(take()));
         if (C::kStages == kChunkSteps) stage.parity ^= 1;
       }
     }
@@ -644,7 +655,7 @@ __device__ void multiply(const CUtensorMap* map_y, const typename C::AdapterOrNo
     if (item.parts > 1 && !add_parts<C>(p, item, d, smem, group, rank)) continue;
     bool add = false;
     if constexpr (C::kAdapter) add = adapter.add_to_y;
-    store<T, C>(map_y, p, add, item.out0, item.m0 + rank * kTokens, d, smem, group);
+    store<T, C>(map_y, p, item.out0, item.m0 + rank * kTokens, d, smem, group, add);
   }
   if (threadIdx.x % 128 == 0) tma_wait();
 }

@@ -4,7 +4,6 @@
 
 #include <cuda.h>
 
-#include "common/dropout_mask.h"
 #include "cuda/device/launch.cuh"
 #include "cuda/device/tensor_map.cuh"
 #include "cuda/nf4_linear_tiles_kernel.cuh"
@@ -22,9 +21,7 @@ typename C::AdapterOrNone adapter_of([[maybe_unused]] const NF4LinearArgs& args)
     adapter.xa = activation_map(args.dtype, from.xa, m, adapter.r, C::kTokens, static_cast<int>(from.xa_pitch));
     adapter.factor = kBackward ? activation_map(args.dtype, from.factor, adapter.r, k, kStep)
                                : activation_map(args.dtype, from.factor, n, adapter.r, kTileOut);
-    if (kBackward && from.p > 0.0) adapter.threshold = static_cast<uint32_t>(dropout_threshold(from.p));
-    adapter.keep_scale = static_cast<float>(1.0 / (1.0 - from.p));
-    adapter.seed = from.seed;
+    adapter.mask = make_mask(kBackward ? from.p : 0.0, from.seed);
     adapter.add_to_y = from.add_to_y;
     adapter.early = from.early;
   }

@@ -35,7 +35,6 @@ struct LoraProjectArgs {
   void* xa;                  // [m, sum of padded ranks]
   double p;
   uint64_t seed;
-  int64_t blocks;  // thread blocks at most, to leave multiprocessors to a call that starts early; 0: as many as help
 };
 
 // dxa = scale dy B and dB = scale dy^T xa in one pass over dy, and a 16-bit copy of A.
@@ -65,7 +64,10 @@ struct LoraGradientArgs {
   int64_t r[kMostAdapters];
   double p;
   uint64_t seed;
-  bool beside;  // the call before on this stream reads dxa too and has waited for it: need not have ended
+  void* workspace;  // 16-byte aligned, in use as long as the call; lora_gradient_workspace tells how much
+  int64_t workspace_bytes;
+  unsigned* counters;  // one for each 256 of k: zero, and zero again afterwards
+  bool beside;         // the call before on this stream reads dxa too and has waited for it: need not have ended
 };
 
 namespace cuda {
