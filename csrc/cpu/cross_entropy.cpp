@@ -83,11 +83,13 @@ void each_block(const T* x, int64_t v, const LossFactors<Real<T>>& f, const Body
   }
 }
 
+// With p_j = exp(z_j - shift) * norm: a rounded lse as the shift would put its error into every p_j.
 template <typename T>
-void write_gradient(T* x, int64_t v, int64_t target, Real<T> lse, Real<T> row_scale, const LossFactors<Real<T>>& f) {
+void write_gradient(T* x, int64_t v, int64_t target, Real<T> shift, Real<T> norm, Real<T> row_scale,
+                    const LossFactors<Real<T>>& f) {
   each_block(x, v, f, [&](Real<T>* z, int64_t first, int count) {
     Real<T> d[kBlock];
-    for (int i = 0; i < kBlock; ++i) d[i] = exp_of(z[i] - lse) - f.everywhere;
+    for (int i = 0; i < kBlock; ++i) d[i] = exp_of(z[i] - shift) * norm - f.everywhere;
     if (target >= first && target < first + count) d[target - first] -= f.on_target;
     for (int i = 0; i < kBlock; ++i) d[i] *= f.scale * row_scale;
     if (f.cap > 0) {
@@ -103,6 +105,7 @@ void write_gradient(T* x, int64_t v, int64_t target, Real<T> lse, Real<T> row_sc
 template <typename T>
 struct Row {
   Real<T> loss, lse, entropy;
+  Real<T> max, norm;  // p_j = exp(z_j - max) * norm
 };
 
 template <typename T>
@@ -138,6 +141,7 @@ Row<T> loss_of(const T* x, int64_t v, int64_t target, bool entropy, const LossFa
 
   const R nan = std::numeric_limits<R>::quiet_NaN();
   Row<T> row{};
+  row.max = max, row.norm = static_cast<R>(1 / sum);
   row.lse = max + static_cast<R>(std::log(sum));
   row.entropy = static_cast<R>(row.lse - weighted / sum);
   row.loss = nan;
@@ -173,7 +177,7 @@ void cross_entropy(const CrossEntropyArgs& args, const Context& context) {
         if (ignored) {
           std::fill_n(logits, x.v, T{});
         } else {
-          write_gradient(logits, x.v, x.target[r], row.lse, std::isnan(row.loss) ? row.loss : factor, f);
+          write_gradient(logits, x.v, x.target[r], row.max, row.norm, std::isnan(row.loss) ? row.loss : factor, f);
         }
       }
     });
@@ -196,7 +200,8 @@ void cross_entropy_backward(const CrossEntropyBackwardArgs& args, const Context&
           continue;
         }
         const bool valid = target >= 0 && target < x.v;
-        write_gradient(row_at<T>(x, r), x.v, target, lse[r], valid ? grad[r] : std::numeric_limits<R>::quiet_NaN(), f);
+        const R row_scale = valid ? grad[r] : std::numeric_limits<R>::quiet_NaN();
+        write_gradient(row_at<T>(x, r), x.v, target, lse[r], R{1}, row_scale, f);
       }
     });
   });

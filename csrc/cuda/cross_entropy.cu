@@ -54,27 +54,40 @@ struct Outputs {
 
 // --- one logit -------------------------------------------------------------------------------------------------------
 
-__device__ inline float exp_approx(float x) { return exp2_approx_ftz(x * kLog2E); }
-
-// r with tanh(y) = 1 - 2 r; the tanh instruction is good for 11 bits only.
-__device__ inline float tanh_rest(float y) { return rcp_approx_ftz(1.0f + exp_approx(2.0f * y)); }
-
-template <bool kCap>
-__device__ inline float scaled(float x, const LossFactors<float>& f) {
-  if constexpr (kCap) x = f.cap * (1.0f - 2.0f * tanh_rest(x * f.inverse_cap));
-  return f.scale * x;
+// For 16-bit logits, whose own rounding is far larger, the instruction; for float32 the library's.
+template <typename T>
+__device__ inline float exp_of(float x) {
+  if constexpr (sizeof(T) == 4) {
+    return expf(x);
+  } else {
+    return exp2_approx_ftz(x * kLog2E);
+  }
 }
 
-// The same, and its slope.
-template <bool kCap>
-__device__ inline float scaled(float x, const LossFactors<float>& f, float& slope) {
-  slope = f.scale;
-  if constexpr (kCap) {
-    const float r = tanh_rest(x * f.inverse_cap);
-    x = f.cap * (1.0f - 2.0f * r);
-    slope *= 4.0f * r * (1.0f - r);
+// tanh and its slope; the tanh instruction is good for 11 bits only.
+template <typename T>
+__device__ inline float tanh_of(float y, float& slope) {
+  if constexpr (sizeof(T) == 4) {
+    const float t = tanhf(y);
+    slope = 1.0f - t * t;
+    return t;
+  } else {
+    const float r = rcp_approx_ftz(1.0f + exp_of<T>(2.0f * y));
+    slope = 4.0f * r * (1.0f - r);
+    return 1.0f - 2.0f * r;
   }
-  return f.scale * x;
+}
+
+// z of x, and dz/dx.
+template <bool kCap, typename T>
+__device__ inline float scaled(T logit, const LossFactors<float>& f, float& slope) {
+  const float x = to_float(logit);
+  slope = f.scale;
+  if constexpr (!kCap) return f.scale * x;
+  float of_tanh;
+  const float z = f.scale * (f.cap * tanh_of<T>(x * f.inverse_cap, of_tanh));
+  slope *= of_tanh;
+  return z;
 }
 
 // --- sums ------------------------------------------------------------------------------------------------------------
@@ -87,29 +100,25 @@ struct alignas(16) Sums {
   float weighted = 0.0f;  // exp(z - max) * z
 };
 
-template <bool kAll>
-__device__ inline void raise_max(Sums& s, float max) {
-  if (max > s.max) {
-    const float shrink = exp_approx(s.max - max);
-    s.sum *= shrink;
-    if constexpr (kAll) s.weighted *= shrink;
-    s.max = max;
-  }
-}
-
 template <bool kAll, bool kCap, typename T>
 __device__ inline void add(Sums& s, const Pack<T, kEach<T>>& pack, int count, const LossFactors<float>& f) {
   float z[kEach<T>];
   float max = -FLT_MAX;
 #pragma unroll
   for (int i = 0; i < kEach<T>; ++i) {
-    z[i] = i < count ? scaled<kCap>(to_float(pack.values[i]), f) : -INFINITY;
+    float slope;
+    z[i] = i < count ? scaled<kCap>(pack.values[i], f, slope) : -INFINITY;
     max = fmaxf(max, z[i]);
   }
-  raise_max<kAll>(s, max);
+  if (max > s.max) {
+    const float shrink = exp_of<T>(s.max - max);
+    s.sum *= shrink;
+    if constexpr (kAll) s.weighted *= shrink;
+    s.max = max;
+  }
 #pragma unroll
   for (int i = 0; i < kEach<T>; ++i) {
-    const float e = exp_approx(z[i] - s.max);
+    const float e = exp_of<T>(z[i] - s.max);
     s.sum += e;
     if constexpr (kAll) {
       if (i < count) s.plain += z[i];
@@ -122,7 +131,7 @@ __device__ inline void add(Sums& s, const Pack<T, kEach<T>>& pack, int count, co
 template <bool kAll>
 __device__ inline void merge(Sums& s, const Sums& other) {
   const float max = fmaxf(s.max, other.max);
-  const float shrink = exp_approx(s.max - max), shrink_other = exp_approx(other.max - max);
+  const float shrink = expf(s.max - max), shrink_other = expf(other.max - max);
   s.sum = __fadd_rn(__fmul_rn(s.sum, shrink), __fmul_rn(other.sum, shrink_other));
   if constexpr (kAll) {
     s.plain += other.plain;
@@ -176,18 +185,19 @@ __device__ inline void add_vectors(Sums& s, const T* from, int count, int column
   });
 }
 
-// Writes row_scale * dloss/dx. `target` counts from the first of these columns and may lie outside them.
+// Writes row_scale * dloss/dx, with p_j = exp(z_j - shift) * norm: a rounded lse as the shift would put its error into
+// every p_j. `target` counts from the first of these columns and may lie outside them.
 template <bool kCap, int kBlock, typename T>
-__device__ inline void write_gradient(const T* from, T* to, int count, int target, float lse, float row_scale,
-                                      const LossFactors<float>& f) {
+__device__ inline void write_gradient(const T* from, T* to, int count, int target, float shift, float norm,
+                                      float row_scale, const LossFactors<float>& f) {
   each_vector<kBlock>(from, count, [&](int vector, const Pack<T, kEach<T>>& pack) {
     const int here = target - vector * kEach<T>;
     Pack<T, kEach<T>> out;
 #pragma unroll
     for (int i = 0; i < kEach<T>; ++i) {
       float slope;
-      const float z = scaled<kCap>(to_float(pack.values[i]), f, slope);
-      float d = exp_approx(z - lse) - f.everywhere;
+      const float z = scaled<kCap>(pack.values[i], f, slope);
+      float d = exp_of<T>(z - shift) * norm - f.everywhere;
       if (i == here) d -= f.on_target;
       out.values[i] = from_float<T>(d * (slope * row_scale));
     }
@@ -255,7 +265,8 @@ __device__ inline void loss_row(const Problem& p, const Outputs& out, int cluste
   const bool valid = target >= 0 && target < p.v;
   float at_target = NAN;
   if (speaks && valid) {
-    by_cap(p.factors, [&](auto cap) { at_target = scaled<cap.value>(to_float(x[target]), p.factors); });
+    float slope;
+    by_cap(p.factors, [&](auto cap) { at_target = scaled<cap.value>(x[target], p.factors, slope); });
   }
   if constexpr (kHeld) barrier_wait(shared_offset(&arrived), 0);
 
@@ -290,8 +301,9 @@ __device__ inline void loss_row(const Problem& p, const Outputs& out, int cluste
   if (out.gradient) {
     const float row_scale = valid ? reciprocal_or_zero(out.divisor) : NAN;
     const int in_part = valid ? static_cast<int>(target) - begin * kEach<T> : -1;
-    by_cap(p.factors,
-           [&](auto cap) { write_gradient<cap.value, kBlock>(from, part, count, in_part, lse, row_scale, p.factors); });
+    by_cap(p.factors, [&](auto cap) {
+      write_gradient<cap.value, kBlock>(from, part, count, in_part, whole.max, 1.0f / whole.sum, row_scale, p.factors);
+    });
   }
 }
 
@@ -325,7 +337,8 @@ __global__ void __launch_bounds__(kHeldThreads) gradient_kernel(const __grid_con
   const bool valid = target >= 0 && target < p.v;
   const int in_part = valid ? static_cast<int>(target) - begin * kEach<T> : -1;
   by_cap(p.factors, [&](auto cap) {
-    write_gradient<cap.value, kHeldThreads>(part, part, count, in_part, lse[row], valid ? grad[row] : NAN, p.factors);
+    write_gradient<cap.value, kHeldThreads>(part, part, count, in_part, lse[row], 1.0f, valid ? grad[row] : NAN,
+                                            p.factors);
   });
 }
 

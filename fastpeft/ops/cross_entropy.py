@@ -8,8 +8,8 @@ A mean or a sum knows the gradient of each token's loss but for a factor, so all
 multiplies by the factor, in place, and not at all when it is 1. Per-token losses keep the log-sum-exp of each token;
 their backward computes the logits again.
 
-Rounding: in float16 the gradient by the logits is stored without the factor 1 / tokens, under which it would underflow;
-it comes in afterwards, in float32. bfloat16 has the range, so there the kernel applies it, and nothing is left to do.
+Rounding: in float16 the gradient by the logits would underflow under a factor such as 1 / tokens; so the kernel applies
+what is left of it beside a power of two, which comes in afterwards and rounds nothing. bfloat16 has the range for all.
 The gradient by the weight is summed over chunks in the weight's dtype up to four chunks of bfloat16, whose roundings
 together are within twice that of one product; beyond, and always in float16, in float32.
 """
@@ -73,8 +73,8 @@ class _Chunks:
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, options: _Options) -> None:
         self.hidden, self.weight, self.bias, self.target, self.options = hidden, weight, bias, target, options
         self.tokens, self.v = hidden.shape[0], weight.shape[0]
-        # On CUDA the kernels want rows on the 16-byte grid, and products are faster on it. torch's own 16-bit product on
-        # the CPU reads what lies between rows.
+        # On CUDA the kernels want rows on the 16-byte grid, and products are faster on it. On the CPU torch's 16-bit
+        # product reads what lies between rows.
         each = 16 // hidden.dtype.itemsize if hidden.is_cuda else 1
         self._stride = -(-self.v // each) * each
         self._rows = 0
@@ -252,10 +252,10 @@ def _loss_grads(
     *options, want_hidden, want_weight, want_bias = rest
     kept = _kept(hidden, weight, bias, target, _Options(*options))
     chunks = kept.chunks
-    unscaled = hidden.dtype == torch.float16
-    gradients = _Gradients(chunks, (want_hidden, want_weight, want_bias), weight.dtype, in_float=unscaled)
+    in_float = hidden.dtype == torch.float16  # the sum before the power of two comes in can be beyond float16
+    gradients = _Gradients(chunks, (want_hidden, want_weight, want_bias), weight.dtype, in_float)
     losses, lse = (hidden.new_empty((chunks.tokens,), dtype=_real(hidden.dtype)) for _ in range(2))
-    by, hold = native.address(None if unscaled else divisor), _holds_rows(hidden)
+    by, hold = native.address(divisor), _holds_rows(hidden)
     for begin, end, logits in chunks:
         outputs = (chunks.at(losses, begin), chunks.at(lse, begin), 0)
         native.call("cross_entropy", logits, chunks.native_rows(begin, end, logits), *outputs, True, by, hold)
@@ -295,7 +295,7 @@ def _loss_backward(
     grad, lse = kept.pick(grad.reshape(-1)), kept.pick(lse)
     peak = None
     if hidden.dtype == torch.float16 and chunks.tokens:  # a token's share of a mean would underflow
-        peak = grad.abs().amax().clamp(min=torch.finfo(grad.dtype).tiny)
+        peak = _power_above(grad.abs().amax().clamp(min=torch.finfo(grad.dtype).tiny))
         grad = grad / peak
     gradients = _Gradients(chunks, (want_hidden, want_weight, want_bias), weight.dtype, in_float=False)
     for begin, end, logits in chunks:
@@ -312,6 +312,11 @@ def _loss_backward_fake(
     grad: Tensor, lse: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _gradients_fake(hidden, weight, rest[-3:], weight.dtype)
+
+
+def _power_above(x: Tensor) -> Tensor:
+    """The power of two at or above; 0 for 0."""
+    return x.log2().ceil().exp2()
 
 
 def _scale(x: Tensor, factor: Tensor, divisor: Tensor | None) -> None:
@@ -386,14 +391,15 @@ class _ReducedLoss(torch.autograd.Function):
         options: _Options,
         wanted: tuple[bool, bool, bool],
     ) -> Tensor:
-        losses, lse, *grads = torch.ops.fastpeft.linear_loss_grads(
-            hidden, weight, bias, target, divisor, *options, *wanted
-        )
+        now, later = divisor, None
+        if hidden.dtype == torch.float16 and divisor is not None:
+            later = _power_above(divisor)
+            now = divisor / later
+        losses, lse, *grads = torch.ops.fastpeft.linear_loss_grads(hidden, weight, bias, target, now, *options, *wanted)
         ctx.save_for_backward(hidden, weight, bias, target, lse)
         ctx.constants = (options, wanted)
-        ctx.divisor, ctx.grads = divisor, grads
+        ctx.divisor, ctx.later, ctx.grads = divisor, later, grads
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
-        ctx.unscaled = hidden.dtype == torch.float16
         return _reduced(losses, divisor)
 
     @staticmethod
@@ -401,12 +407,12 @@ class _ReducedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         options, wanted = ctx.constants
         if torch.compiler.is_compiling():  # a compiled graph may not write to what its forward saved
-            factor = grad / ctx.divisor if ctx.unscaled and ctx.divisor is not None else grad
+            factor = grad if ctx.later is None else grad / ctx.later
             grads = [made * factor for made in ctx.grads]
         elif ctx.grads is not None:
             grads, ctx.grads = ctx.grads, None
             for made in grads:
-                torch.ops.fastpeft.scale_(made, grad, ctx.divisor if ctx.unscaled else None)
+                torch.ops.fastpeft.scale_(made, grad, ctx.later)
         else:
             hidden, weight, bias, target, lse = ctx.saved_tensors
             each = (grad if ctx.divisor is None else grad / ctx.divisor).expand(lse.shape)
