@@ -49,4 +49,5 @@ PYBIND11_MODULE(_C, m) {
   fastpeft::bindings::bind_nf4_linear(m);
   fastpeft::bindings::bind_dropout(m);
   fastpeft::bindings::bind_adamw(m);
+  fastpeft::bindings::bind_cross_entropy(m);
 }

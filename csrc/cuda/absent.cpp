@@ -1,6 +1,7 @@
 // Stands in for the CUDA backend in a build without nvcc: every call says so.
 #include "common/error.h"
 #include "fastpeft/adamw.h"
+#include "fastpeft/cross_entropy.h"
 #include "fastpeft/dropout.h"
 #include "fastpeft/nf4.h"
 #include "fastpeft/nf4_linear.h"
@@ -22,5 +23,8 @@ void nf4_dequantize(const NF4DequantizeArgs&, const Context&) { refuse("nf4_dequ
 void nf4_linear(const NF4LinearArgs&, const Context&) { refuse("nf4_linear"); }
 void dropout(const DropoutArgs&, const Context&) { refuse("dropout"); }
 void adamw(const AdamWArgs&, const Context&) { refuse("adamw"); }
+void cross_entropy(const CrossEntropyArgs&, const Context&) { refuse("cross_entropy"); }
+void cross_entropy_backward(const CrossEntropyBackwardArgs&, const Context&) { refuse("cross_entropy_backward"); }
+void scale(const ScaleArgs&, const Context&) { refuse("scale"); }
 
 }  // namespace fastpeft::cuda

@@ -1,6 +1,7 @@
 """Ops: ``torch.library`` definitions over the native core, and the autograd functions around them."""
 
 from fastpeft.ops.adamw import adamw_
+from fastpeft.ops.cross_entropy import linear_cross_entropy, linear_logprobs
 from fastpeft.ops.lora import lora_linear
 from fastpeft.ops.native import build_info
 from fastpeft.ops.nf4 import nf4_dequantize, nf4_linear, nf4_linear_plan, nf4_quantize
@@ -10,6 +11,8 @@ __all__ = [
     "NF4Weight",
     "adamw_",
     "build_info",
+    "linear_cross_entropy",
+    "linear_logprobs",
     "lora_linear",
     "nf4_dequantize",
     "nf4_linear",

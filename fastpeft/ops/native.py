@@ -110,6 +110,22 @@ def dtype_number(function: str, dtype: torch.dtype) -> int:
     return _DTYPE_NUMBERS[dtype]
 
 
+def logit_rows(
+    logits: int,
+    dtype: int,
+    rows: int,
+    v: int,
+    stride: int,
+    target: int,
+    ignore_index: int,
+    label_smoothing: float,
+    logit_scale: float,
+    softcap: float,
+) -> object:
+    """Rows of logits and what makes a loss of them (csrc/include/fastpeft/cross_entropy.h)."""
+    return _C.LogitRows(logits, dtype, rows, v, stride, target, ignore_index, label_smoothing, logit_scale, softcap)
+
+
 def address(tensor: Tensor | None) -> int:
     """Address of a contiguous tensor's first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
