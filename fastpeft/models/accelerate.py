@@ -11,15 +11,19 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from types import MethodType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from fastpeft.errors import UserError, did_you_mean
 from fastpeft.models import fused
 from fastpeft.models.causal_lm import looks_like_causal_lm, make_forward, read_causal_lm
-from fastpeft.models.fused import STRUCTURE
+from fastpeft.models.checkpointing import Checkpointing, Shared
+from fastpeft.models.fused import CHECKPOINTING, STRUCTURE
+from fastpeft.models.offload import Shelf
+from fastpeft.models.plan import MODES, Planner
 from fastpeft.models.structure import (
     MLP,
     Layer,
@@ -86,7 +90,14 @@ class Report:
 
 
 def accelerate(
-    model: _Model, *, norm: bool = True, rope: bool = True, mlp: bool = True, loss: bool = True
+    model: _Model,
+    *,
+    norm: bool = True,
+    rope: bool = True,
+    mlp: bool = True,
+    loss: bool = True,
+    checkpointing: str | None = None,
+    activation_budget_gb: float | None = None,
 ) -> _Model:
     """Put fused ops into a model, in place.
 
@@ -102,9 +113,17 @@ def accelerate(
         rope: attention with rotary positions; the attention function itself stays transformers'.
         mlp: gated MLPs.
         loss: output layer and cross-entropy.
+        checkpointing: what layers recompute in backward (`fastpeft.models.checkpointing`): "full", "selective",
+            "offload" or "none". None changes nothing now; `gradient_checkpointing_enable` then means "full".
+        activation_budget_gb: with "selective", 10^9 bytes that the layers may keep between forward and backward.
     Returns:
         The same model. ``fastpeft.models.report(model)`` tells what was replaced and what was left, and why.
+    Raises:
+        UserError: an unknown kind of checkpointing, or a budget that cannot be used.
     """
+    if activation_budget_gb is not None and checkpointing is None:
+        checkpointing = "selective"
+    _check_checkpointing(checkpointing, activation_budget_gb)
     found = Report()
     counts: Counter[str] = Counter()
     for kind, name, change in _changes(model, norm, rope, mlp, loss):
@@ -120,6 +139,7 @@ def accelerate(
     if not counts["layer"] and not counts["norm"]:
         found.left.append(Left("", "model", f"{type(model).__name__} has no decoder layers of a known structure"))
     model.__dict__[_REPORT] = found
+    _prepare_checkpointing(model, checkpointing, activation_budget_gb)
     logger.info("accelerate: %s", found)
     return model
 
@@ -139,7 +159,10 @@ def restore(model: _Model) -> _Model:
             # Another library may have put its own forward around ours; ours then hands on to the class's.
             if _is_ours(own.get("forward")):
                 del own["forward"]
-        own.pop(_REPORT, None)
+        for name in (_REPORT, CHECKPOINTING, SETTINGS):
+            own.pop(name, None)
+        if _is_ours(own.get(_SWITCH)):
+            del own[_SWITCH]
     return model
 
 
@@ -166,6 +189,72 @@ def _install(module: nn.Module, structure: Any, forward: Callable[..., Any]) -> 
     setattr(forward, _MARK, True)
     module.__dict__[STRUCTURE] = structure
     module.__dict__["forward"] = MethodType(forward, module)
+
+
+# --- checkpointing ---
+_SWITCH = "_set_gradient_checkpointing"
+SETTINGS = "_fastpeft_checkpointing_settings"
+
+
+def _check_checkpointing(mode: str | None, budget_gb: float | None) -> None:
+    if mode is not None and mode not in MODES:
+        raise UserError(
+            f"accelerate: checkpointing is {mode!r}; it must be {', '.join(MODES)}{did_you_mean(mode, MODES)}"
+        )
+    if budget_gb is not None and (mode != "selective" or not 0 < budget_gb < float("inf")):
+        raise UserError(
+            f"accelerate: activation_budget_gb is {budget_gb} with checkpointing={mode!r}; a budget is a number of "
+            "gigabytes above 0, for checkpointing='selective'"
+        )
+
+
+def _prepare_checkpointing(model: nn.Module, mode: str | None, budget_gb: float | None) -> None:
+    """Set how the layers are checkpointed, now and when transformers' own switch is used.
+
+    The switch sets a flag on each layer, and transformers would then run the whole layer again. Ours reads the flag and
+    clears it.
+    """
+    enabled = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    for module in model.modules():
+        if hasattr(type(module), _SWITCH) and _fused_layers(module):
+            module.__dict__[SETTINGS] = (mode if mode not in (None, "none") else "full", budget_gb)
+            own = module.__dict__.get(_SWITCH)
+            if own is None or _is_ours(own):
+                module.__dict__[_SWITCH] = MethodType(_switch(type(module)), module)
+    if mode is not None or enabled:
+        _checkpoint(model, "full" if mode is None else mode, budget_gb)
+
+
+def _switch(kind: type) -> Callable[..., None]:
+    own = getattr(kind, _SWITCH)
+
+    @wraps(own)
+    def switch(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        own(self, *args, **kwargs)
+        mode, budget_gb = self.__dict__.get(SETTINGS, ("none", None))
+        if SETTINGS in self.__dict__:
+            enable = args[0] if args else kwargs.get("enable", True)
+            _checkpoint(self, mode if enable else "none", budget_gb)
+
+    setattr(switch, _MARK, True)
+    return switch
+
+
+def _fused_layers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module.__dict__.get(STRUCTURE), Layer)]
+
+
+def _checkpoint(model: nn.Module, mode: str, budget_gb: float | None) -> None:
+    layers = _fused_layers(model)
+    budget = None if budget_gb is None else int(budget_gb * 1e9)
+    shared = Shared(Planner(mode, budget, len(layers)), Shelf())  # type: ignore[arg-type]
+    for index, layer in enumerate(layers):
+        if mode == "none":
+            layer.__dict__.pop(CHECKPOINTING, None)
+        else:
+            layer.__dict__[CHECKPOINTING] = Checkpointing(shared, index)
+        if getattr(layer, "gradient_checkpointing", False):
+            layer.gradient_checkpointing = False  # type: ignore[assignment]
 
 
 # --- what there is to change ---

@@ -154,7 +154,7 @@ def make_forward(own: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(own)
     def forward(self: nn.Module, *args: Any, skip_logits: bool | None = None, **kwargs: Any) -> Any:
-        structure = self.__dict__.get(STRUCTURE)
+        structure: Any = self.__dict__.get(STRUCTURE)
         head = None if structure is None else getattr(self, structure.head)
         wanted = self.training if skip_logits is None else skip_logits
         if not wanted or head is None or not _is_plain(head) or kwargs.get("return_dict") is False:

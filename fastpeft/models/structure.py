@@ -292,6 +292,7 @@ class Random:
         self._generator = torch.Generator().manual_seed(0)
 
     def __call__(self, *shape: int) -> Tensor:
+        """The next one."""
         return torch.randn(shape, generator=self._generator).to(self._like)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,12 +23,18 @@ _SIZES: dict[str, Any] = {
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
-    "smollm2": ("llama", {"num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 48, "tie_word_embeddings": True}),
+    "smollm2": (
+        "llama",
+        {"num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 48, "tie_word_embeddings": True},
+    ),
     "mistral": ("mistral", {"sliding_window": 6}),
     "qwen2": ("qwen2", {}),
     "qwen2-sliding": ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
     "qwen3": ("qwen3", {"head_dim": 24}),
-    "gemma2": ("gemma2", {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 24, "attn_implementation": "eager"}),
+    "gemma2": (
+        "gemma2",
+        {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 24, "attn_implementation": "eager"},
+    ),
     "gemma3": ("gemma3_text", {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 24}),
     "phi3": ("phi3", {}),
     "phi3-partial": ("phi3", {"partial_rotary_factor": 0.5}),
@@ -45,7 +50,7 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Pre
     torch.manual_seed(11)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn(parameter.shape))
     return model.to(dtype).train()
