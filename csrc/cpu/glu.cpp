@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <type_traits>
 
 #include "common/glu_math.h"
 #include "cpu/numbers.h"
@@ -26,9 +25,6 @@ struct HostMath {
     return std::erf(x);
   }
 };
-
-template <typename T>
-using ComputeType = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // Calls body(row, zero of T, kind constant) for each row.
 template <typename Body>
@@ -54,7 +50,7 @@ void glu(const GluArgs& args, const Context& context) {
     T* out = static_cast<T*>(args.out) + row * args.out_stride;
     for (int64_t i = 0; i < args.shape.width; ++i) {
       const Compute value = activation<decltype(kind)::value, HostMath>(Compute{to_float(gate[i])}).value;
-      out[i] = from_float<T>(value * to_float(up[i]));
+      out[i] = from_compute<T>(value * to_float(up[i]));
     }
   });
 }
@@ -71,8 +67,8 @@ void glu_backward(const GluBackwardArgs& args, const Context& context) {
     for (int64_t i = 0; i < args.shape.width; ++i) {
       const auto act = activation<decltype(kind)::value, HostMath>(Compute{to_float(gate[i])});
       const Compute g = to_float(dy[i]);
-      dgate[i] = from_float<T>(g * to_float(up[i]) * act.slope);
-      dup[i] = from_float<T>(g * act.value);
+      dgate[i] = from_compute<T>(g * to_float(up[i]) * act.slope);
+      dup[i] = from_compute<T>(g * act.value);
     }
   });
 }

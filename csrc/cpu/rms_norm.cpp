@@ -2,7 +2,6 @@
 #include "fastpeft/rms_norm.h"
 
 #include <algorithm>
-#include <type_traits>
 
 #include "common/rms_norm_checks.h"
 #include "cpu/numbers.h"
@@ -12,11 +11,8 @@ namespace fastpeft::cpu {
 namespace {
 
 template <typename T>
-using ComputeType = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-template <typename T>
 ComputeType<T> rounded(ComputeType<T> x) {
-  return to_float(from_float<T>(x));
+  return to_float(from_compute<T>(x));
 }
 
 // Calls body with a value of the element type and one of the weight's.
@@ -44,7 +40,7 @@ void forward_row(const RmsNormArgs& args, int64_t row) {
   if (args.residual != nullptr) {
     const T* residual = static_cast<const T*>(args.residual) + row * args.residual_stride;
     T* h = static_cast<T*>(args.h) + row * width;
-    for (int64_t i = 0; i < width; ++i) h[i] = from_float<T>(to_float(x[i]) + to_float(residual[i]));
+    for (int64_t i = 0; i < width; ++i) h[i] = from_compute<T>(to_float(x[i]) + to_float(residual[i]));
     x = h;
   }
   Compute sum = 0;
@@ -55,7 +51,7 @@ void forward_row(const RmsNormArgs& args, int64_t row) {
   for (int64_t i = 0; i < width; ++i) {
     Compute n = to_float(x[i]) * rstd;
     if (args.shape.cast_first) n = rounded<T>(n);
-    y[i] = from_float<T>(n * (static_cast<Compute>(to_float(weight[i])) + offset));
+    y[i] = from_compute<T>(n * (static_cast<Compute>(to_float(weight[i])) + offset));
   }
 }
 
@@ -78,7 +74,7 @@ void backward_row(const RmsNormBackwardArgs& args, int64_t row, ComputeType<T>* 
     const Compute n = to_float(h[i]) * rstd;
     if (dweight != nullptr) dweight[i] += to_float(dy[i]) * (args.shape.cast_first ? rounded<T>(n) : n);
     const Compute from_elsewhere = dh == nullptr ? Compute{0} : to_float(dh[i]);
-    dx[i] = from_float<T>(rstd * (scaled(i) - n * mean) + from_elsewhere);
+    dx[i] = from_compute<T>(rstd * (scaled(i) - n * mean) + from_elsewhere);
   }
 }
 
@@ -119,7 +115,7 @@ void rms_norm_backward(const RmsNormBackwardArgs& args, const Context& context) 
     for (int64_t i = 0; i < width; ++i) {
       Compute sum = 0;
       for (int64_t part = 0; part < args.partial_rows; ++part) sum += partials[part * width + i];
-      static_cast<W*>(args.dweight)[i] = from_float<W>(sum);
+      static_cast<W*>(args.dweight)[i] = from_compute<W>(static_cast<ComputeType<W>>(sum));
     }
   });
 }

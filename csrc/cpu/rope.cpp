@@ -2,7 +2,6 @@
 #include "fastpeft/rope.h"
 
 #include <algorithm>
-#include <type_traits>
 
 #include "common/rope_checks.h"
 #include "cpu/numbers.h"
@@ -13,7 +12,7 @@ namespace {
 
 template <typename T, typename A>
 void rotate_head(const RopeArgs& args, const RopeTensor& tensor, int64_t sample, int64_t token, int64_t head) {
-  using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  using Compute = ComputeType<T>;
   const T* in = static_cast<const T*>(tensor.in) + sample * tensor.in_batch_stride + head * tensor.in_head_stride +
                 token * tensor.in_token_stride;
   T* out = static_cast<T*>(tensor.out) + sample * tensor.out_batch_stride + head * tensor.out_head_stride +
@@ -27,8 +26,8 @@ void rotate_head(const RopeArgs& args, const RopeTensor& tensor, int64_t sample,
     const Compute a = to_float(in[i]), b = to_float(in[i + half]);
     const Compute cos_a = to_float(cos[i]), cos_b = to_float(cos[i + half]);
     const Compute sin_a = to_float(sin[i]), sin_b = to_float(sin[i + half]);
-    out[i] = from_float<T>(args.backward ? a * cos_a + b * sin_b : a * cos_a - b * sin_a);
-    out[i + half] = from_float<T>(args.backward ? b * cos_b - a * sin_a : b * cos_b + a * sin_b);
+    out[i] = from_compute<T>(args.backward ? a * cos_a + b * sin_b : a * cos_a - b * sin_a);
+    out[i + half] = from_compute<T>(args.backward ? b * cos_b - a * sin_a : b * cos_b + a * sin_b);
   }
   std::copy(in + args.rotary, in + args.dim, out + args.rotary);
 }
