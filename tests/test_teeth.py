@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastpeft.ops import lora, nf4
+from fastpeft.ops import cross_entropy, lora, nf4
 from fastpeft.optim import adamw
 
 Patch = pytest.MonkeyPatch
@@ -69,11 +69,31 @@ def draw_another_mask_in_backward(patch: Patch) -> None:
     patch.setattr(lora, "_dropped", broken)
 
 
+def forget_the_first_chunk(patch: Patch) -> None:
+    original = cross_entropy._add_product
+    patch.setattr(cross_entropy, "_add_product", lambda to, a, b, first: original(to, a, b, first=True))
+
+
+def forget_the_divisor(patch: Patch) -> None:
+    patch.setattr(cross_entropy, "_divisor", lambda *arguments: None)
+
+
+def change_a_loss_option(**changed: Any) -> Callable[[Patch], None]:
+    def sabotage(patch: Patch) -> None:
+        original = cross_entropy._options
+        patch.setattr(cross_entropy, "_options", lambda *arguments: original(*arguments)._replace(**changed))
+
+    return sabotage
+
+
 LINEAR = running("ops.test_nf4", "test_linear_forward_and_backward", torch.float32, 7, (100, 96), 64, "cpu")
 BY_HAND = running("ops.test_nf4", "test_a_block_worked_out_by_hand")
 BITS = running("ops.test_nf4", "test_bits_equal_bitsandbytes", torch.float32, 64, True, "cpu")
 LORA = running("ops.test_lora", "test_forward_and_backward", torch.float32, 16, 0.3, "nf4", "cpu")
 STEPS = running("optim.test_adamw", "test_a_thousand_steps_follow_torch", False, "cpu")
+BY_HAND_LOSS = running("ops.test_cross_entropy", "test_a_row_worked_out_by_hand", "cpu")
+LOSS = running("ops.test_cross_entropy", "test_loss_and_gradients", torch.bfloat16, "t37-k64-v96", "mean", "all", "cpu")
+CHUNKS = running("ops.test_cross_entropy", "test_chunks", torch.bfloat16, "mean", 64, "cpu")
 
 CASES: dict[str, tuple[Callable[[Patch], None], Run]] = {
     "swapped nibbles": (swap_nibbles, BY_HAND),
@@ -85,6 +105,11 @@ CASES: dict[str, tuple[Callable[[Patch], None], Run]] = {
     "descent for ascent": (change_an_adamw_option(maximize=True), STEPS),
     "no base gradient": (forget_the_base_gradient, LORA),
     "another mask in backward": (draw_another_mask_in_backward, LORA),
+    "chunks that do not add up": (forget_the_first_chunk, CHUNKS),
+    "a sum for a mean": (forget_the_divisor, LOSS),
+    "no label smoothing": (change_a_loss_option(label_smoothing=0.0), LOSS),
+    "no softcap": (change_a_loss_option(softcap=0.0), LOSS),
+    "ignored tokens that count": (change_a_loss_option(ignore_index=0), BY_HAND_LOSS),
 }
 
 

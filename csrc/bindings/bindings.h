@@ -38,5 +38,6 @@ void bind_adamw(pybind11::module_& m);
 void bind_rms_norm(pybind11::module_& m);
 void bind_rope(pybind11::module_& m);
 void bind_glu(pybind11::module_& m);
+void bind_cross_entropy(pybind11::module_& m);
 
 }  // namespace fastpeft::bindings

@@ -52,4 +52,5 @@ PYBIND11_MODULE(_C, m) {
   fastpeft::bindings::bind_rms_norm(m);
   fastpeft::bindings::bind_rope(m);
   fastpeft::bindings::bind_glu(m);
+  fastpeft::bindings::bind_cross_entropy(m);
 }

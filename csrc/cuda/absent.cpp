@@ -1,6 +1,7 @@
 // Stands in for the CUDA backend in a build without nvcc: every call says so.
 #include "common/error.h"
 #include "fastpeft/adamw.h"
+#include "fastpeft/cross_entropy.h"
 #include "fastpeft/dropout.h"
 #include "fastpeft/glu.h"
 #include "fastpeft/nf4.h"
@@ -30,5 +31,8 @@ void rms_norm_backward(const RmsNormBackwardArgs&, const Context&) { refuse("rms
 void rope(const RopeArgs&, const Context&) { refuse("rope"); }
 void glu(const GluArgs&, const Context&) { refuse("glu"); }
 void glu_backward(const GluBackwardArgs&, const Context&) { refuse("glu"); }
+void cross_entropy(const CrossEntropyArgs&, const Context&) { refuse("cross_entropy"); }
+void cross_entropy_backward(const CrossEntropyBackwardArgs&, const Context&) { refuse("cross_entropy_backward"); }
+void scale(const ScaleArgs&, const Context&) { refuse("scale"); }
 
 }  // namespace fastpeft::cuda

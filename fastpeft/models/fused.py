@@ -97,10 +97,9 @@ def apply_mlp(mlp: nn.Module, structure: MLP, x: Tensor) -> Tensor:
 def mlp_hidden(mlp: nn.Module, structure: MLP, x: Tensor, tape: Tape | None = None) -> Tensor:
     """What the down-projection of a gated MLP reads."""
     outputs = project(mlp, structure.projections, x, tape)
-    gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)
     if structure.activation == "silu":
-        return swiglu(gate, up)
-    return geglu(gate, up, approximate="tanh" if structure.activation == "gelu_tanh" else "none")
+        return swiglu(*outputs)
+    return geglu(*outputs, approximate="tanh" if structure.activation == "gelu_tanh" else "none")
 
 
 # --- attention ---

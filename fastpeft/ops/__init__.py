@@ -1,6 +1,7 @@
 """Ops: ``torch.library`` definitions over the native core, and the autograd functions around them."""
 
 from fastpeft.ops.adamw import adamw_
+from fastpeft.ops.cross_entropy import linear_cross_entropy, linear_logprobs
 from fastpeft.ops.glu import geglu, swiglu
 from fastpeft.ops.lora import lora_linear
 from fastpeft.ops.native import build_info
@@ -14,6 +15,8 @@ __all__ = [
     "adamw_",
     "build_info",
     "geglu",
+    "linear_cross_entropy",
+    "linear_logprobs",
     "lora_linear",
     "nf4_dequantize",
     "nf4_linear",

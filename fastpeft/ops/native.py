@@ -123,6 +123,22 @@ def rms_norm_partial_rows(rows: int, width: int, dtype: torch.dtype, device: tor
     return partial_rows
 
 
+def logit_rows(
+    logits: int,
+    dtype: int,
+    rows: int,
+    v: int,
+    stride: int,
+    target: int,
+    ignore_index: int,
+    label_smoothing: float,
+    logit_scale: float,
+    softcap: float,
+) -> object:
+    """Rows of logits and what makes a loss of them (csrc/include/fastpeft/cross_entropy.h)."""
+    return _C.LogitRows(logits, dtype, rows, v, stride, target, ignore_index, label_smoothing, logit_scale, softcap)
+
+
 def address(tensor: Tensor | None) -> int:
     """Address of a contiguous tensor's first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

@@ -16,6 +16,13 @@ __device__ inline float rcp_approx_ftz(float x) {
   return y;
 }
 
+// PTX ISA 9.7.3 (ex2): 2^x within 2 units in the last place.
+__device__ inline float exp2_approx_ftz(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ inline float mul_ftz(float a, float b) {
   float y;
   asm("mul.rn.ftz.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
