@@ -165,6 +165,7 @@ def make_forward(own: Callable[..., Any]) -> Callable[..., Any]:
         if labels is None and extra.get("shift_labels") is None:
             return own(self, *args, **kwargs)
         del arguments["self"]
+        arguments.setdefault("use_cache", False)  # nobody goes on generating from a loss
         extra.pop("return_dict", None)
         outputs = getattr(self, structure.base)(**arguments, **extra)
         hidden = outputs.last_hidden_state

@@ -60,7 +60,8 @@ def norm_forward(self: nn.Module, norm: Norm, hidden_states: Tensor) -> Tensor:
     if hidden_states.dtype != weight.dtype:
         own: Tensor = type(self).forward(self, hidden_states)
         return own
-    return rms_norm(hidden_states, weight, norm.eps, offset=norm.offset, cast_first=norm.cast_first)
+    out: Tensor = rms_norm(hidden_states, weight, norm.eps, offset=norm.offset, cast_first=norm.cast_first)
+    return out
 
 
 def add_norm(module: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +75,10 @@ def add_norm(module: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Te
     ):
         total = residual + x
         return module(total), total
-    return rms_norm(x, weight, norm.eps, offset=norm.offset, cast_first=norm.cast_first, residual=residual)
+    both: tuple[Tensor, Tensor] = rms_norm(
+        x, weight, norm.eps, offset=norm.offset, cast_first=norm.cast_first, residual=residual
+    )
+    return both
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -97,9 +101,10 @@ def apply_mlp(mlp: nn.Module, structure: MLP, x: Tensor) -> Tensor:
 def mlp_hidden(mlp: nn.Module, structure: MLP, x: Tensor, tape: Tape | None = None) -> Tensor:
     """What the down-projection of a gated MLP reads."""
     outputs = project(mlp, structure.projections, x, tape)
+    gate, up = outputs if len(outputs) == 2 else (outputs[0], None)
     if structure.activation == "silu":
-        return swiglu(*outputs)
-    return geglu(*outputs, approximate="tanh" if structure.activation == "gelu_tanh" else "none")
+        return swiglu(gate, up)
+    return geglu(gate, up, "tanh" if structure.activation == "gelu_tanh" else "none")
 
 
 # --- attention ---
@@ -107,13 +112,17 @@ def mlp_hidden(mlp: nn.Module, structure: MLP, x: Tensor, tape: Tape | None = No
 def attention_forward(
     self: nn.Module, structure: Attention, hidden_states: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Any]:
-    """Attention without a cache; with one the class's own forward runs."""
+    """Attention; generation with its cache, where nothing is to be differentiated, is left to the class."""
     positions = kwargs.get("position_embeddings")
-    if args or positions is None or any(kwargs.get(name) is not None for name in CACHES):
+    name, cache = next(((n, kwargs[n]) for n in CACHES if kwargs.get(n) is not None), ("", None))
+    if args or positions is None or (cache is not None and not torch.is_grad_enabled()):
         own: tuple[Tensor, Any] = type(self).forward(self, hidden_states, *args, **kwargs)
         return own
-    rest = {name: value for name, value in kwargs.items() if name not in ("position_embeddings", *CACHES)}
-    out, weights = attend(self, structure, *query_key_value(self, structure, hidden_states, positions), **rest)
+    rest = {key: value for key, value in kwargs.items() if key not in ("position_embeddings", *CACHES)}
+    q, k, v = query_key_value(self, structure, hidden_states, positions)
+    if cache is not None:  # transformers makes one in training too; since it calls it cache, it tells it its arguments
+        k, v = cache.update(k, v, self.layer_idx, **({"kwargs": rest} if name == "cache" else {}))
+    out, weights = attend(self, structure, q, k, v, **rest)
     return project(self, ("o_proj",), out)[0], weights
 
 
