@@ -149,9 +149,12 @@ class _Work:
         self.previous, self.shared.previous = self.shared.previous, weakref.ref(self)
         self.stream = self._keep(h.detach())
         dropout = self.attention.attention_dropout if self.layer.training else 0.0
-        self.random = [_random_state(h.device, self.repeats_random or bool(dropout))]
-        out = self._attend(*self._heads(h))
-        self.random.append(_random_state(h.device, self.repeats_random))
+        before = _random_state(h.device, self.repeats_random)
+        heads = self._heads(h)
+        self.random_in_attention = _random_state(h.device, dropout > 0)
+        out = self._attend(*heads)
+        del heads
+        self.random = before, _random_state(h.device, self.repeats_random)
         total, y = self._second_half(h, out)
         del out
         self.tape.replaying = True
@@ -167,7 +170,10 @@ class _Work:
         first, ends = h.detach().requires_grad_(), None
         if out is None:
             with self._recomputing(0):
-                ends = fused.attend(self.attention, self.own, *self._heads(first), **self.kwargs)[0]
+                heads = self._heads(first)
+                with _with_random_state(self.random_in_attention):
+                    ends = fused.attend(self.attention, self.own, *heads, **self.kwargs)[0]
+            del heads
             out = ends.detach()
         d_attention, dh, *d_after = self._second_half_backward(h, out, d_out)
         if not (want_dh or self.before) or d_attention is None:
