@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "common/error.h"
 #include "fastpeft/types.h"
@@ -59,6 +60,19 @@ inline Float16 from_float<Float16>(float x) {
   }
   const uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1) - 0x38000000;
   return {static_cast<uint16_t>(sign | (rounded >> 13))};
+}
+
+// What sums and products of a type are computed in, and the one rounding back.
+template <typename T>
+using ComputeType = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename T>
+T from_compute(ComputeType<T> x) {
+  if constexpr (std::is_same_v<T, double>) {
+    return x;
+  } else {
+    return from_float<T>(x);
+  }
 }
 
 // Calls body with a value of the C++ type that `dtype` names: dispatch(dtype, [&](auto zero) { using T = ...; }).

@@ -3,8 +3,11 @@
 #include "fastpeft/adamw.h"
 #include "fastpeft/cross_entropy.h"
 #include "fastpeft/dropout.h"
+#include "fastpeft/glu.h"
 #include "fastpeft/nf4.h"
 #include "fastpeft/nf4_linear.h"
+#include "fastpeft/rms_norm.h"
+#include "fastpeft/rope.h"
 
 namespace fastpeft::cuda {
 namespace {
@@ -23,6 +26,11 @@ void nf4_dequantize(const NF4DequantizeArgs&, const Context&) { refuse("nf4_dequ
 void nf4_linear(const NF4LinearArgs&, const Context&) { refuse("nf4_linear"); }
 void dropout(const DropoutArgs&, const Context&) { refuse("dropout"); }
 void adamw(const AdamWArgs&, const Context&) { refuse("adamw"); }
+void rms_norm(const RmsNormArgs&, const Context&) { refuse("rms_norm"); }
+void rms_norm_backward(const RmsNormBackwardArgs&, const Context&) { refuse("rms_norm"); }
+void rope(const RopeArgs&, const Context&) { refuse("rope"); }
+void glu(const GluArgs&, const Context&) { refuse("glu"); }
+void glu_backward(const GluBackwardArgs&, const Context&) { refuse("glu"); }
 void cross_entropy(const CrossEntropyArgs&, const Context&) { refuse("cross_entropy"); }
 void cross_entropy_backward(const CrossEntropyBackwardArgs&, const Context&) { refuse("cross_entropy_backward"); }
 void scale(const ScaleArgs&, const Context&) { refuse("scale"); }

@@ -110,6 +110,19 @@ def dtype_number(function: str, dtype: torch.dtype) -> int:
     return _DTYPE_NUMBERS[dtype]
 
 
+def row_view(x: Tensor) -> Tensor:
+    """``(..., width)`` as ``(rows, width)`` whose rows are contiguous, a copy only where no view is."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def rms_norm_partial_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows of partial sums that the backward of an RMSNorm needs for its weight's gradient."""
+    sms = device_limits(device)[1] if device.type == "cuda" else 0
+    partial_rows: int = _C.rms_norm_partial_rows(rows, width, dtype.itemsize, sms)
+    return partial_rows
+
+
 def logit_rows(
     logits: int,
     dtype: int,
