@@ -16,8 +16,10 @@ def _heads_inside(x: Tensor) -> bool:
 
 
 def _like(x: Tensor, heads_inside: bool) -> Tensor:
+    """A dense tensor in either order; made with its strides, as a view could not be changed in place afterwards."""
     b, h, t, d = x.shape
-    return x.new_empty((b, t, h, d)).transpose(1, 2) if heads_inside else x.new_empty((b, h, t, d))
+    strides = (t * h * d, d, h * d, 1) if heads_inside else (h * t * d, t * d, d, 1)
+    return x.new_empty_strided((b, h, t, d), strides)
 
 
 def _last_contiguous(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The check of the blocks suite notices what a block could get wrong, and peers that write over inputs harm no other."""
+"""The check of the blocks suite notices a wrong block, and a peer that writes over its inputs harms no other."""
 
 from __future__ import annotations
 

@@ -77,6 +77,17 @@ def test_results_and_gradients_lie_as_the_inputs_do(layout: str, device: str) ->
         assert grad.stride() == x.stride()
 
 
+def test_results_can_be_changed_in_place(device: str) -> None:
+    """They were views once, made by a transpose inside the op, and autograd refused."""
+    q = views(1, 4, 5, 16, torch.float32, device, "view").requires_grad_()
+    cos, sin = angles(1, 5, 16, torch.float32, device)
+    scaled, _ = ops.rope(q, q, cos, sin)
+    scaled.mul_(2.0)
+    (grad,) = torch.autograd.grad(scaled.sum(), q)
+    (expected,) = torch.autograd.grad(2.0 * ops.rope(q, q, cos, sin)[0].sum(), q)
+    assert_exact(grad, expected)
+
+
 def test_backward_turns_back(device: str) -> None:
     """With equal halves the map is a rotation: its gradient is its inverse, and lengths stay."""
     q, k = (torch.randn(1, heads, 9, 64, device=device, requires_grad=True) for heads in (4, 2))
