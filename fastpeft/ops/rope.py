@@ -35,8 +35,9 @@ def _rope(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_heads_inside: bool, k_heads_inside: bool, backward: bool
 ) -> tuple[Tensor, Tensor]:
     outs = _like(q, q_heads_inside), _like(k, k_heads_inside)
+    q, k = _last_contiguous(q), _last_contiguous(k)  # named, so that copies live until the call
     sides: list[Any] = []
-    for x, out in zip((_last_contiguous(q), _last_contiguous(k)), outs, strict=True):
+    for x, out in zip((q, k), outs, strict=True):
         sides += [x.data_ptr(), out.data_ptr(), x.shape[1], x.stride()[:3], out.stride()[:3]]
     cos, sin = _last_contiguous(cos), _last_contiguous(sin)
     native.call(

@@ -88,6 +88,17 @@ def test_results_can_be_changed_in_place(device: str) -> None:
     assert_exact(grad, expected)
 
 
+def test_gradients_that_are_expanded(device: str) -> None:
+    """A sum's gradient has stride 0 and is copied; the copy was once freed before the kernel read it."""
+    q, k = (views(2, heads, 65, 64, torch.float32, device, "dense").requires_grad_() for heads in (4, 2))
+    cos, sin = angles(1, 65, 64, torch.float32, device)
+    outs = ops.rope(q, k, cos, sin)
+    expected = torch.autograd.grad(outs, [q, k], [torch.ones_like(out) for out in outs], retain_graph=True)
+    got = torch.autograd.grad([out.sum() for out in outs], [q, k])
+    for value, reference in zip(got, expected, strict=True):
+        assert_exact(value, reference)
+
+
 def test_backward_turns_back(device: str) -> None:
     """With equal halves the map is a rotation: its gradient is its inverse, and lengths stay."""
     q, k = (torch.randn(1, heads, 9, 64, device=device, requires_grad=True) for heads in (4, 2))
