@@ -10,27 +10,23 @@ namespace {
 template <typename T, int kTokens>
 void launch_kernel(const NF4LinearArgs& args, const nf4_tiles::Plan& plan, const Context& context) {
   using C = nf4_fragments::Config<kTokens>;
-  nf4_tiles::Problem p = nf4_tiles::make_problem(args, plan);
+  const nf4_tiles::Problem p = nf4_tiles::make_problem(args, plan);
   const CUtensorMap map_w = tensor_map(
       CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, C::kLineBytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B,
       args.w.codes, p.n, p.k / 2, nf4_tiles::kTileOut, static_cast<int>(C::kLineBytes));
   const CUtensorMap map_x = activation_map(args.dtype, args.x, plan.m, plan.depth, kTokens);
   const CUtensorMap map_y =
       p.store_by_tma ? activation_map(args.dtype, args.y, plan.m, plan.out, C::kStoreTokens) : map_x;
-  Grid grid{.blocks = static_cast<unsigned>(nf4_tiles::grid(plan)),
-            .threads = C::kThreads,
-            .smem_bytes = C::kBytes,
-            .overlap_launch = true};
-  if (plan.cluster_parts > 0) {
-    grid.cluster = static_cast<unsigned>(plan.cluster_parts);
-    // Not where an SM too many is lost between clusters: the parts then meet in the workspace.
-    if (!fits_at_once(nf4_fragments::kernel<T, kTokens>, grid)) grid.cluster = 1, p.plan.cluster_parts = 0;
-  }
   launch(
       [&] {
         return concat("nf4_linear of m = ", args.m, ", n = ", args.n, ", k = ", args.k, ", fragments of ", kTokens);
       },
-      nf4_fragments::kernel<T, kTokens>, grid, context, map_x, map_w, map_y, p);
+      nf4_fragments::kernel<T, kTokens>,
+      Grid{.blocks = static_cast<unsigned>(nf4_tiles::grid(plan)),
+           .threads = C::kThreads,
+           .smem_bytes = C::kBytes,
+           .overlap_launch = true},
+      context, map_x, map_w, map_y, p);
 }
 
 template <typename T>

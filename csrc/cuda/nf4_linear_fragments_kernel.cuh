@@ -47,13 +47,13 @@ struct Config {
   static constexpr uint32_t kScaleBytes = kSplits * kTileOut * 4;  // of a stage
   static constexpr uint32_t kStagingBytes = kStoreTokens * 128;    // of a strip
 
-  // Offsets in the thread block's shared window, where its own memory begins at 1024 or before.
+  // Offsets in the shared window, where a thread block's own memory begins at 1024 or before.
   static constexpr uint32_t kFirst = 1024, table = 65536, kTableEnd = 2 * table;
   static constexpr uint32_t codes = kFirst, staging = codes + kStages * kCodeBytes,
                             scales = staging + kStrips * kStagingBytes, kLowEnd = scales + kStages * kScaleBytes;
   static constexpr uint32_t x = kTableEnd, map = x + kStages * kSplits * kXBytes, full = map + 1024,
                             empty = full + 8 * kStages, last = empty + 8 * kStages, end = last + 16;
-  static constexpr unsigned kBytes = end;
+  static constexpr unsigned kBytes = end - 0;
   static_assert(kLowEnd <= table && kBytes <= nf4_tiles::kSmemBytes + kFirst && codes % 1024 == 0 &&
                 staging % 1024 == 0);
 };
@@ -82,19 +82,19 @@ __device__ void fill_table(uint32_t table) {
 
 // One thread.
 template <typename C>
-__device__ void fetch(const CUtensorMap* map_x, const CUtensorMap* map_w, const Problem& p, uint32_t self) {
+__device__ void fetch(const CUtensorMap* map_x, const CUtensorMap* map_w, const Problem& p) {
   Ring stage{0, 1};
   ChunkWalk here{};
   for (enter(p.plan, blockIdx.x, here); here.more; advance(p.plan, blockIdx.x, here)) {
     for (int o = 0; o < C::kOwn; ++o) {
-      const uint32_t full = self + C::full + 8 * stage.at;
+      const uint32_t full = C::full + 8 * stage.at;
       const int step = here.chunk * kChunkSteps + o * C::kSplits;
-      barrier_wait(self + C::empty + 8 * stage.at, stage.parity);
+      barrier_wait(C::empty + 8 * stage.at, stage.parity);
       barrier_arrive_expect(full, C::kCodeBytes + C::kSplits * C::kXBytes);
-      tma_load(self + C::codes + stage.at * C::kCodeBytes, map_w, full, step * (kStep / 2), here.out0);
+      tma_load(C::codes + stage.at * C::kCodeBytes, map_w, full, step * (kStep / 2), here.out0);
 #pragma unroll
       for (int i = 0; i < C::kSplits; ++i) {
-        tma_load(self + C::x + (stage.at * C::kSplits + i) * C::kXBytes, map_x, full, (step + i) * kStep, here.m0);
+        tma_load(C::x + (stage.at * C::kSplits + i) * C::kXBytes, map_x, full, (step + i) * kStep, here.m0);
       }
       stage.advance<C::kStages>();
     }
@@ -104,7 +104,7 @@ __device__ void fetch(const CUtensorMap* map_x, const CUtensorMap* map_w, const 
 // Two warps, one a strip: the scales of a stage's steps, two rows a lane. They run ahead as far as the ring allows,
 // which hides their loads.
 template <typename C>
-__device__ void fetch_scales(const Problem& p, uint32_t self, int strip) {
+__device__ void fetch_scales(const Problem& p, int strip) {
   const int lane = threadIdx.x % 32;
   const bool nested = p.w.nested_absmax != nullptr;
   const float offset = nested ? __ldg(p.w.offset) : 0.0f;
@@ -121,7 +121,7 @@ __device__ void fetch_scales(const Problem& p, uint32_t self, int strip) {
     }
   }
   named_barrier(5, 128 * C::kGroups + 32 * kStrips);
-  const auto level = [&](uint32_t code) { return __uint_as_float(load_shared_word(self + C::map + 4 * (code & 255))); };
+  const auto level = [](uint32_t code) { return __uint_as_float(load_shared_word(C::map + 4 * (code & 255))); };
   Ring stage{0, 1};
   ChunkWalk here{};
   for (enter(p.plan, blockIdx.x, here); here.more; advance(p.plan, blockIdx.x, here)) {
@@ -156,18 +156,17 @@ __device__ void fetch_scales(const Problem& p, uint32_t self, int strip) {
     }
 #pragma unroll
     for (int o = 0; o < C::kOwn; ++o) {
-      barrier_wait(self + C::empty + 8 * stage.at, stage.parity);
+      barrier_wait(C::empty + 8 * stage.at, stage.parity);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
 #pragma unroll
         for (int s = 0; s < C::kSplits; ++s) {
-          store_shared_word(
-              self + C::scales + stage.at * C::kScaleBytes + s * 4 * kTileOut + 4 * (strip * 64 + 32 * i + lane),
-              __float_as_uint(scale[i][o * C::kSplits + s]));
+          store_shared_word(C::scales + stage.at * C::kScaleBytes + s * 4 * kTileOut + 4 * (strip * 64 + 32 * i + lane),
+                            __float_as_uint(scale[i][o * C::kSplits + s]));
         }
       }
       __syncwarp();
-      if (lane == 0) barrier_arrive(self + C::full + 8 * stage.at);
+      if (lane == 0) barrier_arrive(C::full + 8 * stage.at);
       stage.advance<C::kStages>();
     }
   }
@@ -198,10 +197,10 @@ __device__ inline void look_up(const uint4& low_codes, const uint4& high_codes, 
 
 // The sums of a strip's second warpgroup are added to the first's, through the strip's staging memory.
 template <typename C>
-__device__ void add_splits(float (&d)[C::kTokens / 2], uint32_t self, int strip, int split) {
+__device__ void add_splits(float (&d)[C::kTokens / 2], int strip, int split) {
   constexpr int kEach = C::kStagingBytes / 512;
   const int thread = threadIdx.x % 128;
-  const uint32_t at = self + C::staging + strip * C::kStagingBytes + 16 * thread;
+  const uint32_t at = C::staging + strip * C::kStagingBytes + 16 * thread;
   if (split == 0 && thread == 0) tma_wait_read<0>();  // what is stored from there
 #pragma unroll
   for (int first = 0; first < C::kTokens / 2; first += kEach) {
@@ -229,7 +228,7 @@ __device__ void add_splits(float (&d)[C::kTokens / 2], uint32_t self, int strip,
 // and that one adds them in their order: one meeting, where the tree of the tile kernel has log2(parts), which pays
 // while a part is small.
 template <typename C>
-__device__ bool add_parts(const Problem& p, const Item& item, float (&d)[C::kTokens / 2], uint32_t self, int strip) {
+__device__ bool add_parts(const Problem& p, const Item& item, float (&d)[C::kTokens / 2], int strip) {
   constexpr int kTokens = C::kTokens, kAtOnce = 4;
   const int thread = threadIdx.x % 128, first_slot = item.last_slot - (item.parts - 1);
   const auto partial = [&](int part) {
@@ -244,7 +243,7 @@ __device__ bool add_parts(const Problem& p, const Item& item, float (&d)[C::kTok
   }
   named_barrier(1 + strip, 128);
   unsigned* counter = p.counters + (first_slot * kStrips + strip) * nf4_tiles::kCountersEach;
-  const uint32_t word = self + C::last + 4 * strip;
+  const uint32_t word = C::last + 4 * strip;
   if (thread == 0) store_shared_word(word, atomic_increment_synchronising(counter, item.parts - 1));
   named_barrier(1 + strip, 128);
   if (load_shared_word(word) != static_cast<uint32_t>(item.parts - 1)) return false;
@@ -269,67 +268,13 @@ __device__ bool add_parts(const Problem& p, const Item& item, float (&d)[C::kTok
   return true;
 }
 
-// The parts of a unit lie in one cluster: each block sends the others their share of its sums, adds its own share up in
-// the order of the parts, as add_parts does, and stores it. A block has no other item, so that x's place is free.
-template <typename T, typename C, int kParts>
-__device__ void exchange_parts(const Problem& p, const Item& item, const float (&d)[C::kTokens / 2], uint32_t self,
-                               int strip) {
-  constexpr int kEach = C::kTokens / 2 / kParts, kVectors = kEach / 4;
-  const int thread = threadIdx.x % 128, lane = thread % 32;
-  const auto place = [&](int from, int vector) {
-    return self + C::x + ((from * kStrips + strip) * kVectors + vector) * 2048 + 16 * thread;
-  };
-  float own[kEach];
-  cluster_sync();  // nobody's x is in use any more
-#pragma unroll
-  for (int to = 0; to < kParts; ++to) {
-    if (to == item.part) {
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) own[i] = d[to * kEach + i];
-      continue;
-    }
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const float* from = d + to * kEach + 4 * v;
-      store_remote(shared_of(to, place(item.part, v)), make_uint4(__float_as_uint(from[0]), __float_as_uint(from[1]),
-                                                                  __float_as_uint(from[2]), __float_as_uint(from[3])));
-    }
-  }
-  cluster_sync();
-  float sum[kEach];
-#pragma unroll
-  for (int from = 0; from < kParts; ++from) {
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      uint4 got{};
-      if (from != item.part) got = load_shared(place(from, v));
-      const uint32_t words[4] = {got.x, got.y, got.z, got.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float value = from == item.part ? own[4 * v + i] : __uint_as_float(words[i]);
-        sum[4 * v + i] = from == 0 ? value : sum[4 * v + i] + value;
-      }
-    }
-  }
-  const T* bias = static_cast<const T*>(p.bias);
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const int at = item.part * kEach + i;
-    const int token = item.m0 + at / 4 * 8 + lane % 4 * 2 + at % 2;
-    const int o = item.out0 + strip * 64 + thread / 32 * 16 + lane / 4 + i / 2 % 2 * 8;
-    if (token >= p.plan.m || o >= p.plan.out) continue;
-    static_cast<T*>(p.y)[static_cast<int64_t>(token) * p.plan.out + o] =
-        from_float<T>(sum[i] + (bias == nullptr ? 0.0f : to_float(bias[o])));
-  }
-}
-
 template <typename T, typename C>
-__device__ void multiply(const CUtensorMap* map_y, const Problem& p, uint32_t self, int group) {
+__device__ void multiply(const CUtensorMap* map_y, const Problem& p, int group) {
   constexpr int kSums = C::kTokens / 2, kOwn = C::kOwn;
   static_assert(kOwn % C::kBuffers == 0);
   const int strip = group % kStrips, split = group / kStrips;
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0), first_row = strip * 64 + warp * 16;
-  const uint64_t desc_x = wgmma_descriptor(self + C::x + split * C::kXBytes);
+  const uint64_t desc_x = wgmma_descriptor(C::x + split * C::kXBytes);
 
   Ring look{0, 0};  // the stage that is looked up next
   int stage = 0;    // that is multiplied
@@ -341,19 +286,19 @@ __device__ void multiply(const CUtensorMap* map_y, const Problem& p, uint32_t se
     return lane;
   };
   const auto scale_of = [&](int which, int row) {
-    const uint32_t at = self + C::scales + which * C::kScaleBytes + split * 4 * kTileOut + 4 * first_row;
+    const uint32_t at = C::scales + which * C::kScaleBytes + split * 4 * kTileOut + 4 * first_row;
     return __uint_as_float(load_shared_word(at + (read_lane() & ~3u) + 4 * row));
   };
   const auto decode = [&](uint32_t(&to)[16]) {
-    barrier_wait(self + C::full + 8 * look.at, look.parity);
+    barrier_wait(C::full + 8 * look.at, look.parity);
     float low = 0.0f, high = 0.0f;
     if constexpr (!C::kScaleSums) low = scale_of(look.at, 0), high = scale_of(look.at, 8);
     const uint32_t lane = read_lane(), row = lane / 4;
-    const uint32_t lane_entry = self + C::table + (C::kScaleSums ? 4 : 8) * lane, selectors = 0x7604 | lane % 4 << 4;
+    const uint32_t lane_entry = C::table | (C::kScaleSums ? 4 : 8) * lane, selectors = 0x7604 | lane % 4 << 4;
     // Under TMA's swizzle of 32 or 64 bytes; row + 8 has the same.
     const uint32_t swizzle = C::kSplits == 2 ? row / 2 % 4 : row / 4 % 2;
     const uint32_t from =
-        self + C::codes + look.at * C::kCodeBytes + (first_row + row) * C::kLineBytes + ((2 * split ^ swizzle) << 4);
+        C::codes + look.at * C::kCodeBytes + (first_row + row) * C::kLineBytes + ((2 * split ^ swizzle) << 4);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint32_t at = from ^ half << 4;
@@ -373,7 +318,7 @@ __device__ void multiply(const CUtensorMap* map_y, const Problem& p, uint32_t se
   };
   const auto release = [&](int which) {
     __syncwarp();
-    if (read_lane() == 0) barrier_arrive(self + C::empty + 8 * which);
+    if (read_lane() == 0) barrier_arrive(C::empty + 8 * which);
   };
 
   Item item;
@@ -393,9 +338,9 @@ __device__ void multiply(const CUtensorMap* map_y, const Problem& p, uint32_t se
         if constexpr (C::kBuffers == 1) decode(now);
         if constexpr (C::kScaleSums) {
           float sums[kSums];
-          const float low = scale_of(stage, 0), high = scale_of(stage, 8);
           start(sums, now, true);
           if (C::kBuffers == 2 && more) decode(next);
+          const float low = scale_of(stage, 0), high = scale_of(stage, 8);
           wgmma_wait<0>();
           release(stage);
 #pragma unroll
@@ -420,23 +365,19 @@ __device__ void multiply(const CUtensorMap* map_y, const Problem& p, uint32_t se
       for (int i = 0; i < kSums; ++i) asm volatile("" : "+f"(d[i])::"memory");
     }
     if constexpr (C::kSplits == 2) {
-      add_splits<C>(d, self, strip, split);
+      add_splits<C>(d, strip, split);
       if (split == 1) continue;
     }
     asm volatile("" : "+r"(index));  // found again rather than kept in registers through the loop
     find_item(p.plan, blockIdx.x, index, item);
-    if constexpr (C::kTokens <= nf4_tiles::kMostFlatTokens) {
-      if (p.plan.cluster_parts == 2) return exchange_parts<T, C, 2>(p, item, d, self, strip);
-      if (p.plan.cluster_parts == 4) return exchange_parts<T, C, 4>(p, item, d, self, strip);
-    }
     if (item.parts > 1) {
       if constexpr (C::kTokens <= nf4_tiles::kMostFlatTokens) {
-        if (!add_parts<C>(p, item, d, self, strip)) continue;
+        if (!add_parts<C>(p, item, d, strip)) continue;
       } else {
-        if (!nf4_tiles::add_parts<C>(p, item, d, self, strip, 0)) continue;
+        if (!nf4_tiles::add_parts<C>(p, item, d, 0, strip, 0)) continue;
       }
     }
-    nf4_tiles::store<T, C>(map_y, p, item.out0, item.m0, d, self, strip);
+    nf4_tiles::store<T, C>(map_y, p, item.out0, item.m0, d, 0, strip);
   }
   if (threadIdx.x % 128 == 0) tma_wait();
 }
@@ -450,16 +391,14 @@ __global__ void __launch_bounds__(Config<kTokens>::kThreads, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using C = Config<kTokens>;
   extern __shared__ uint8_t smem_raw[];
-  // The high byte of an address within a cluster is the block's rank; the offsets below it are absolute.
-  const uint32_t self = shared_offset(smem_raw) & 0xff000000u;
-  if (shared_offset(smem_raw) - self > C::kFirst) __trap();
+  if (shared_offset(smem_raw) > C::kFirst) __trap();  // offsets are absolute
   if (threadIdx.x == 0) {
     tma_prefetch(&map_x);
     tma_prefetch(&map_w);
     if (p.store_by_tma) tma_prefetch(&map_y);
     for (int s = 0; s < C::kStages; ++s) {
-      barrier_init(self + C::full + 8 * s, 1 + kStrips);
-      barrier_init(self + C::empty + 8 * s, 4 * C::kGroups);
+      barrier_init(C::full + 8 * s, 1 + kStrips);
+      barrier_init(C::empty + 8 * s, 4 * C::kGroups);
     }
     barrier_init_fence();
   }
@@ -471,20 +410,20 @@ __global__ void __launch_bounds__(Config<kTokens>::kThreads, 1)
     const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
     wait_for_kernel_before();
     if (warp < kStrips) {
-      fetch_scales<C>(p, self, warp);
+      fetch_scales<C>(p, warp);
     } else if (threadIdx.x % 32 == 0 && warp == kStrips) {
-      fetch<C>(&map_x, &map_w, p, self);
+      fetch<C>(&map_x, &map_w, p);
     }
     return;
   }
   take_registers<C::kMultiplyRegisters>();
-  fill_table<!C::kScaleSums, T, 4 * C::kGroups>(self + C::table);
+  fill_table<!C::kScaleSums, T, 4 * C::kGroups>(C::table);
   wait_for_kernel_before();
   if (p.w.nested_absmax != nullptr && threadIdx.x < 256) {
-    store_shared_word(self + C::map + 4 * threadIdx.x, __float_as_uint(__ldg(p.w.nested_map + threadIdx.x)));
+    store_shared_word(C::map + 4 * threadIdx.x, __float_as_uint(__ldg(p.w.nested_map + threadIdx.x)));
   }
   named_barrier(5, 128 * C::kGroups + 32 * kStrips);
-  multiply<T, C>(&map_y, p, self, warpgroup);
+  multiply<T, C>(&map_y, p, warpgroup);
 #endif
 }
 

@@ -59,7 +59,6 @@ struct Plan {
   int whole_waves;            // of whole units
   int shared, shared_chunks;  // units divided among the seats, the first of the walk, and their chunks
   int share;                  // chunks of them that a seat takes; the last seats may have fewer, or none
-  int cluster_parts;          // fragments: a unit is this many seats' shares, neither more nor less; else 0
   Divisor by_group_units, by_group, by_last_group, by_chunks, by_share;
 };
 
@@ -137,10 +136,7 @@ constexpr double kItemCycles = 1500, kSharedCycles = 8000, kSharedCyclesPerToken
 constexpr int kMostFlatTokens = 64;
 constexpr double kPartCycles = 2000, kPartCyclesPerToken = 22;
 
-constexpr double kClusterPartsCycles = 3000;
-
 inline double sharing_cycles(const Plan& p) {
-  if (p.cluster_parts > 0) return kClusterPartsCycles;
   if (p.fragments && p.tokens <= kMostFlatTokens) {
     return ceil_divide(p.chunks, p.share) * (kPartCycles + kPartCyclesPerToken * p.tokens);
   }
@@ -156,9 +152,6 @@ inline void set_sharing(Plan& p, int whole_waves, int shared) {
   p.whole_waves = whole_waves, p.shared = shared, p.shared_chunks = shared * p.chunks;
   p.share = ceil_divide(p.shared_chunks, p.seats);
   p.by_share = divisor(std::max(1, p.share));
-  const int parts = p.share > 0 && p.chunks % p.share == 0 ? p.chunks / p.share : 0;
-  const bool few = p.fragments && p.tokens <= kMostFlatTokens && whole_waves == 0;
-  p.cluster_parts = few && (parts == 2 || parts == 4) ? parts : 0;
 }
 
 inline Choice choose_sharing(Plan p, double step) {

@@ -6,7 +6,6 @@
 #include <map>
 #include <mutex>
 #include <string>
-#include <tuple>
 
 #include "common/error.h"
 #include "cuda/device_limits.h"
@@ -65,30 +64,6 @@ inline DeviceLimits device_limits() {
 inline Grid cover(int64_t work, int64_t per_block, unsigned threads, int64_t limit = 1 << 30) {
   const int64_t blocks = (work + per_block - 1) / per_block;
   return {static_cast<unsigned>(blocks < limit ? blocks : limit), threads};
-}
-
-// Whether all blocks of a grid in clusters run at the same time on an idle device; asked of the driver once a kernel,
-// cluster size and device.
-template <typename... Parameters>
-bool fits_at_once(void (*kernel)(Parameters...), const Grid& grid) {
-  static std::mutex mutex;
-  static std::map<std::tuple<const void*, unsigned, int>, int> known;
-  int device = 0;
-  FASTPEFT_CUDA_CHECK(cudaGetDevice(&device));
-  const std::lock_guard lock(mutex);
-  const auto [found, added] = known.try_emplace({reinterpret_cast<const void*>(kernel), grid.cluster, device}, 0);
-  if (added) {
-    FASTPEFT_CUDA_CHECK(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.smem_bytes)));
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid.blocks, config.blockDim = grid.threads, config.dynamicSmemBytes = grid.smem_bytes;
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = grid.cluster, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
-    config.attrs = &cluster, config.numAttrs = 1;
-    FASTPEFT_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&found->second, kernel, &config));
-  }
-  return static_cast<unsigned>(found->second) * grid.cluster >= grid.blocks;
 }
 
 // `what` gives the operation and its sizes for the error message: a callable, so that it costs nothing unless needed.
