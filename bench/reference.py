@@ -96,6 +96,18 @@ def nf4_decode(w: NF4Weight) -> Tensor:
     return _scale_blocks(values[: math.prod(w.shape)], absmax, w.block_size).view(w.shape)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Rows over their root mean square, times the weight."""
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of ``(b, heads, t, d)`` as products of complex numbers, real parts in the first half."""
+    half = x.shape[-1] // 2
+    turned = torch.complex(x[..., :half], x[..., half:]) * torch.complex(cos, sin)[:, None, :, :half]
+    return torch.cat((turned.real, turned.imag), -1)
+
+
 def relative_error(out: Tensor, ref: Tensor) -> float:
     """``|out - ref| / |ref|`` in float64; infinite when the shapes differ."""
     if out.shape != ref.shape:
@@ -151,6 +163,27 @@ def _largest(errors: Iterable[float]) -> float:
     """The largest error, or NaN when any is NaN (``max`` alone may lose it)."""
     values = list(errors)
     return math.nan if any(math.isnan(value) for value in values) else max(values)
+
+
+def head_loss(
+    hidden: Tensor, weight: Tensor, target: Tensor, grad: Tensor, rows: int = 1024
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses of a linear head in float64, and the gradients of their sum weighted by ``grad``; ``rows`` at a time.
+
+    Returns:
+        ``(tokens,)`` losses, and the gradients by ``hidden`` and ``weight``.
+    """
+    hidden, weight, grad = (tensor.detach().double() for tensor in (hidden, weight, grad))
+    losses, dhidden, dweight = [], [], torch.zeros_like(weight)
+    for h, t, g in zip(hidden.split(rows), target.split(rows), grad.split(rows), strict=True):
+        logprobs = (h @ weight.T).log_softmax(dim=1)
+        losses.append(-logprobs.gather(1, t[:, None])[:, 0])
+        dlogits = logprobs.exp_()
+        dlogits[torch.arange(len(t), device=t.device), t] -= 1
+        dlogits *= g[:, None]
+        dhidden.append(dlogits @ weight)
+        dweight += dlogits.T @ h
+    return torch.cat(losses), torch.cat(dhidden), dweight
 
 
 def adamw(

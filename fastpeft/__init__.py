@@ -21,8 +21,10 @@ _EXPORTS = {
     "SFTConfig": "fastpeft.trainers",
     "SFTTrainer": "fastpeft.trainers",
     "UserError": "fastpeft.errors",
+    "accelerate": "fastpeft.models",
     "get_peft_model": "fastpeft.methods",
     "quantize": "fastpeft.models",
+    "restore": "fastpeft.models",
 }
 _ROOMS = ("data", "errors", "methods", "models", "nn", "ops", "optim", "recipes", "trainers")
 

@@ -35,5 +35,9 @@ void bind_nf4(pybind11::module_& m);
 void bind_nf4_linear(pybind11::module_& m);
 void bind_dropout(pybind11::module_& m);
 void bind_adamw(pybind11::module_& m);
+void bind_rms_norm(pybind11::module_& m);
+void bind_rope(pybind11::module_& m);
+void bind_glu(pybind11::module_& m);
+void bind_cross_entropy(pybind11::module_& m);
 
 }  // namespace fastpeft::bindings

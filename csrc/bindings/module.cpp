@@ -49,4 +49,8 @@ PYBIND11_MODULE(_C, m) {
   fastpeft::bindings::bind_nf4_linear(m);
   fastpeft::bindings::bind_dropout(m);
   fastpeft::bindings::bind_adamw(m);
+  fastpeft::bindings::bind_rms_norm(m);
+  fastpeft::bindings::bind_rope(m);
+  fastpeft::bindings::bind_glu(m);
+  fastpeft::bindings::bind_cross_entropy(m);
 }

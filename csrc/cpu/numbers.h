@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "common/error.h"
 #include "fastpeft/types.h"
@@ -42,8 +43,8 @@ inline double from_float<double>(float x) {
 template <>
 inline BFloat16 from_float<BFloat16>(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
-  if ((bits & 0x7fffffff) > 0x7f800000) return {static_cast<uint16_t>((bits >> 16) | 0x40)};
-  return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+  const uint32_t quiet = (bits >> 16) | 0x40, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return {static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded)};  // no branch: loops vectorise
 }
 template <>
 inline Float16 from_float<Float16>(float x) {
@@ -59,6 +60,19 @@ inline Float16 from_float<Float16>(float x) {
   }
   const uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1) - 0x38000000;
   return {static_cast<uint16_t>(sign | (rounded >> 13))};
+}
+
+// What sums and products of a type are computed in, and the one rounding back.
+template <typename T>
+using ComputeType = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename T>
+T from_compute(ComputeType<T> x) {
+  if constexpr (std::is_same_v<T, double>) {
+    return x;
+  } else {
+    return from_float<T>(x);
+  }
 }
 
 // Calls body with a value of the C++ type that `dtype` names: dispatch(dtype, [&](auto zero) { using T = ...; }).

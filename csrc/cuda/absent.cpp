@@ -1,10 +1,14 @@
 // Stands in for the CUDA backend in a build without nvcc: every call says so.
 #include "common/error.h"
 #include "fastpeft/adamw.h"
+#include "fastpeft/cross_entropy.h"
 #include "fastpeft/dropout.h"
+#include "fastpeft/glu.h"
 #include "fastpeft/lora.h"
 #include "fastpeft/nf4.h"
 #include "fastpeft/nf4_linear.h"
+#include "fastpeft/rms_norm.h"
+#include "fastpeft/rope.h"
 
 namespace fastpeft::cuda {
 namespace {
@@ -26,5 +30,13 @@ void lora_project(const LoraProjectArgs&, const Context&) { refuse("lora_project
 void lora_backward(const LoraBackwardArgs&, const Context&) { refuse("lora_backward"); }
 void lora_gradient(const LoraGradientArgs&, const Context&) { refuse("lora_gradient"); }
 void adamw(const AdamWArgs&, const Context&) { refuse("adamw"); }
+void rms_norm(const RmsNormArgs&, const Context&) { refuse("rms_norm"); }
+void rms_norm_backward(const RmsNormBackwardArgs&, const Context&) { refuse("rms_norm"); }
+void rope(const RopeArgs&, const Context&) { refuse("rope"); }
+void glu(const GluArgs&, const Context&) { refuse("glu"); }
+void glu_backward(const GluBackwardArgs&, const Context&) { refuse("glu"); }
+void cross_entropy(const CrossEntropyArgs&, const Context&) { refuse("cross_entropy"); }
+void cross_entropy_backward(const CrossEntropyBackwardArgs&, const Context&) { refuse("cross_entropy_backward"); }
+void scale(const ScaleArgs&, const Context&) { refuse("scale"); }
 
 }  // namespace fastpeft::cuda

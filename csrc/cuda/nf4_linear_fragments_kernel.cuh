@@ -53,7 +53,7 @@ struct Config {
                             scales = staging + kStrips * kStagingBytes, kLowEnd = scales + kStages * kScaleBytes;
   static constexpr uint32_t x = kTableEnd, map = x + kStages * kSplits * kXBytes, full = map + 1024,
                             empty = full + 8 * kStages, last = empty + 8 * kStages, end = last + 16;
-  static constexpr unsigned kBytes = end - 0;
+  static constexpr unsigned kBytes = end;
   static_assert(kLowEnd <= table && kBytes <= nf4_tiles::kSmemBytes + kFirst && codes % 1024 == 0 &&
                 staging % 1024 == 0);
 };
@@ -338,9 +338,9 @@ __device__ void multiply(const CUtensorMap* map_y, const Problem& p, int group) 
         if constexpr (C::kBuffers == 1) decode(now);
         if constexpr (C::kScaleSums) {
           float sums[kSums];
+          const float low = scale_of(stage, 0), high = scale_of(stage, 8);
           start(sums, now, true);
           if (C::kBuffers == 2 && more) decode(next);
-          const float low = scale_of(stage, 0), high = scale_of(stage, 8);
           wgmma_wait<0>();
           release(stage);
 #pragma unroll

@@ -1,6 +1,7 @@
 """Models: how fastpeft's layers get into Hugging Face models."""
 
+from fastpeft.models.accelerate import Left, Report, accelerate, report, restore
 from fastpeft.models.quantize import quantize
 from fastpeft.models.replace import replace_linear
 
-__all__ = ["quantize", "replace_linear"]
+__all__ = ["Left", "Report", "accelerate", "quantize", "replace_linear", "report", "restore"]

@@ -1,18 +1,28 @@
 """Ops: ``torch.library`` definitions over the native core, and the autograd functions around them."""
 
 from fastpeft.ops.adamw import adamw_
+from fastpeft.ops.cross_entropy import linear_cross_entropy, linear_logprobs
+from fastpeft.ops.glu import geglu, swiglu
 from fastpeft.ops.lora import lora_linear
 from fastpeft.ops.native import build_info
 from fastpeft.ops.nf4 import nf4_dequantize, nf4_linear, nf4_linear_plan, nf4_quantize
 from fastpeft.ops.nf4_weight import NF4Weight
+from fastpeft.ops.rms_norm import rms_norm
+from fastpeft.ops.rope import rope
 
 __all__ = [
     "NF4Weight",
     "adamw_",
     "build_info",
+    "geglu",
+    "linear_cross_entropy",
+    "linear_logprobs",
     "lora_linear",
     "nf4_dequantize",
     "nf4_linear",
     "nf4_linear_plan",
     "nf4_quantize",
+    "rms_norm",
+    "rope",
+    "swiglu",
 ]

@@ -110,6 +110,35 @@ def dtype_number(function: str, dtype: torch.dtype) -> int:
     return _DTYPE_NUMBERS[dtype]
 
 
+def row_view(x: Tensor) -> Tensor:
+    """``(..., width)`` as ``(rows, width)`` whose rows are contiguous, a copy only where no view is."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def rms_norm_partial_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows of partial sums that the backward of an RMSNorm needs for its weight's gradient."""
+    sms = device_limits(device)[1] if device.type == "cuda" else 0
+    partial_rows: int = _C.rms_norm_partial_rows(rows, width, dtype.itemsize, sms)
+    return partial_rows
+
+
+def logit_rows(
+    logits: int,
+    dtype: int,
+    rows: int,
+    v: int,
+    stride: int,
+    target: int,
+    ignore_index: int,
+    label_smoothing: float,
+    logit_scale: float,
+    softcap: float,
+) -> object:
+    """Rows of logits and what makes a loss of them (csrc/include/fastpeft/cross_entropy.h)."""
+    return _C.LogitRows(logits, dtype, rows, v, stride, target, ignore_index, label_smoothing, logit_scale, softcap)
+
+
 def address(tensor: Tensor | None) -> int:
     """Address of a contiguous tensor's first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

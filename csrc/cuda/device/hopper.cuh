@@ -85,6 +85,9 @@ __device__ inline uint32_t cluster_size() {
 __device__ inline void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+// The same in two halves: what this thread wrote before it arrived, the others see after they have waited.
+__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 // The same place in the shared memory of another thread block of the cluster.
 __device__ inline uint32_t shared_of(uint32_t rank, uint32_t at) {
   uint32_t there;
@@ -109,6 +112,14 @@ __device__ inline float4 load_cluster_four(uint32_t there) {
 __device__ inline void barrier_arrive_remote(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+// 16 bytes into another thread block's shared memory; seen there after a barrier of the cluster.
+template <typename T>
+__device__ inline void store_remote(uint32_t to, const T& value) {
+  static_assert(sizeof(T) == 16 && alignof(T) == 16);
+  const uint4& v = reinterpret_cast<const uint4&>(value);
+  asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
 // From this thread block's shared memory to another's, whose barrier counts the bytes.
 __device__ inline void copy_to_remote(uint32_t to, uint32_t from, uint32_t bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
@@ -117,6 +128,12 @@ __device__ inline void copy_to_remote(uint32_t to, uint32_t from, uint32_t bytes
 }
 
 // --- tensor memory accelerator ---------------------------------------------------------------------------------------
+// A run of bytes from global to shared memory, both and the count on the 16-byte grid; the barrier counts the bytes.
+__device__ inline void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
 __device__ inline void tma_load(uint32_t to, const CUtensorMap* map, uint32_t barrier, int column, int row) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::

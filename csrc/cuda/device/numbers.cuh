@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "common/error.h"
+#include "cuda/device/ptx.cuh"
 #include "fastpeft/types.h"
 
 namespace fastpeft::cuda {
@@ -64,11 +65,51 @@ __device__ Pack<T, kCount> load_pack(const T* from) {
   return pack;
 }
 
+// Makes the compiler convert a pack anew where it is used next, instead of keeping its floats in registers until then.
+template <typename T, int kCount>
+__device__ void keep_packed(Pack<T, kCount>& pack) {
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(pack) / 4); ++i) {
+    asm volatile("" : "+r"(reinterpret_cast<uint32_t*>(&pack)[i]));
+  }
+}
+
 template <typename T, int kCount>
 __device__ void store_pack(T* to, const Pack<T, kCount>& pack) {
 #pragma unroll
   for (int i = 0; i < static_cast<int>(sizeof(pack) / 16); ++i) {
     reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(&pack)[i];
+  }
+}
+
+// A pack where `wanted` holds, else zeros. These loads are issued in the order they stand in, without branches between.
+template <typename T, int kCount>
+__device__ Pack<T, kCount> load_pack_if(bool wanted, const T* from) {
+  Pack<T, kCount> pack;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(pack) / 16); ++i) {
+    reinterpret_cast<uint4*>(&pack)[i] = load_16_if(wanted, reinterpret_cast<const uint4*>(from) + i);
+  }
+  return pack;
+}
+
+// The same for data that is read once: it pushes nothing out of L1.
+template <typename T, int kCount>
+__device__ Pack<T, kCount> load_pack_once_if(bool wanted, const T* from) {
+  Pack<T, kCount> pack;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(pack) / 16); ++i) {
+    reinterpret_cast<uint4*>(&pack)[i] = load_16_once_if(wanted, reinterpret_cast<const uint4*>(from) + i);
+  }
+  return pack;
+}
+
+// One store for every 16 bytes, where store_pack leaves it to the compiler, which cut packs made in place into words.
+template <typename T, int kCount>
+__device__ void store_pack_if(bool wanted, T* to, const Pack<T, kCount>& pack) {
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(pack) / 16); ++i) {
+    store_16_if(wanted, reinterpret_cast<uint4*>(to) + i, reinterpret_cast<const uint4*>(&pack)[i]);
   }
 }
 

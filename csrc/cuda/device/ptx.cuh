@@ -16,6 +16,13 @@ __device__ inline float rcp_approx_ftz(float x) {
   return y;
 }
 
+// PTX ISA 9.7.3 (ex2): 2^x within 2 units in the last place.
+__device__ inline float exp2_approx_ftz(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ inline float mul_ftz(float a, float b) {
   float y;
   asm("mul.rn.ftz.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
@@ -67,6 +74,34 @@ __device__ inline float load_4(const float* from) {
   float v;
   asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(from) : "memory");
   return v;
+}
+
+// The same where `wanted` holds, else zeros. The predicate stands in the instruction, so that no branch parts a row of
+// loads.
+__device__ inline uint4 load_16_if(bool wanted, const void* from) {
+  uint4 v{0, 0, 0, 0};
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+               : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+               : "l"(from), "r"(static_cast<unsigned>(wanted))
+               : "memory");
+  return v;
+}
+
+// The same for data that is read once: it pushes nothing out of L1.
+__device__ inline uint4 load_16_once_if(bool wanted, const void* from) {
+  uint4 v{0, 0, 0, 0};
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+               : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+               : "l"(from), "r"(static_cast<unsigned>(wanted))
+               : "memory");
+  return v;
+}
+
+// PTX ISA 9.7.9.11 (st): one store of 16 bytes where `wanted` holds.
+__device__ inline void store_16_if(bool wanted, void* to, uint4 v) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p st.global.v4.u32 [%4], {%0, %1, %2, %3}; }" ::"r"(v.x),
+               "r"(v.y), "r"(v.z), "r"(v.w), "l"(to), "r"(static_cast<unsigned>(wanted))
+               : "memory");
 }
 
 // PTX ISA 9.7.9.15 (prefetch): the line of 128 bytes into L1.

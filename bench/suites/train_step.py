@@ -1,0 +1,209 @@
+"""A whole QLoRA step on the shape of Llama-3-8B: ``python -m bench train_step --peers hf,liger,unsloth``.
+
+Each stack runs in a process of its own (`bench.step`), one after the other. A row is a stack: tokens a second, time,
+peak memory, and how many times as fast fastpeft is. A peer that is not installed is a row that says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.case import OURS
+from bench.environment import ROOT, environment
+from bench.peers.train_step import STACKS
+from bench.report import append_record, format_ratio
+from bench.step import Setup, median
+
+NAME = "train_step"
+ABOUT = "a whole QLoRA step on the shape of Llama-3-8B, each stack in its process; it has options of its own (--help)"
+_TINY = {
+    "layers": 2,
+    "hidden": 64,
+    "intermediate": 128,
+    "heads": 4,
+    "kv_heads": 2,
+    "vocab": 256,
+    "batch": 2,
+    "tokens": 32,
+    "rank": 4,
+    "steps": 2,
+    "warmup": 1,
+}
+_QUICK = {"layers": 8}
+_MODES = ("full", "selective", "offload", "none")
+_TIMEOUT_S = 540
+_NAMED_COSTS = 3
+_SHOWN_KERNELS = 25
+
+
+def main(arguments: list[str], results: Path) -> int:
+    """Run the suite.
+
+    Args:
+        arguments: after the suite's name.
+        results: folder the JSON lines go to.
+    Returns:
+        0; 1 when fastpeft's step failed; 2 for a mistake in the arguments.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        setups = _setups(options)
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    where = environment(torch.device(setups[0].device))
+    print(where.header())
+    print(f"model     {_describe(setups[0])}", flush=True)
+    ours: dict[str, Any] | None = None
+    failed = False
+    for setup in setups:
+        outcome = _run(setup)
+        if setup.stack == OURS:
+            failed |= outcome["status"] != "ok"
+            ours = outcome if outcome["status"] == "ok" and ours is None else ours
+        print(format_row(setup, outcome, ours), flush=True)
+        if "kernels" in outcome:
+            print("\n".join(profile_lines(outcome)), flush=True)
+        if not options.no_save:
+            record = {"suite": NAME, "setup": asdict(setup), "outcome": outcome, "environment": where.as_dict()}
+            append_record(results, NAME, record)
+    return int(failed)
+
+
+def format_row(setup: Setup, outcome: dict[str, Any], ours: dict[str, Any] | None) -> str:
+    """One line: the stack, tokens a second, time, memory, and fastpeft's speed and memory beside a peer's."""
+    name = setup.stack if setup.stack != OURS else f"{OURS} {setup.checkpointing}"
+    if setup.stack == OURS and setup.budget_gb is not None:
+        name += f" {setup.budget_gb:g} GB"
+    label = f"{NAME} {name:<22}"
+    if outcome["status"] != "ok":
+        return f"{label} | {outcome['status']}{outcome['detail'] and ': '}{outcome['detail']}"
+    seconds = median(outcome["seconds"])
+    spread = f"(min {min(outcome['seconds']) * 1e3:.0f} max {max(outcome['seconds']) * 1e3:.0f})"
+    parts = [f"{setup.batch * setup.tokens / seconds:,.0f} tok/s", f"{seconds * 1e3:.0f} ms {spread}"]
+    if outcome["peak_bytes"] is not None:
+        parts.append(f"peak {outcome['peak_bytes'] / 1e9:.2f} GB")
+    if ours is not None and ours is not outcome:
+        ratio = seconds / median(ours["seconds"])
+        parts.append(f"fastpeft {format_ratio(ratio)}")
+        if outcome["peak_bytes"]:
+            parts.append(f"its memory over ours {outcome['peak_bytes'] / ours['peak_bytes']:.2f}")
+    parts.append(f"loss {outcome['losses'][-1]:.3f}")
+    if outcome["note"]:
+        parts.append(outcome["note"])
+    return " | ".join([label, *parts])
+
+
+def profile_lines(outcome: dict[str, Any]) -> list[str]:
+    """Share of a step's time by kernel."""
+    kernels = outcome["kernels"]
+    total = sum(kernel["us"] for kernel in kernels)
+    seconds = median(outcome["seconds"])
+    lines = [
+        f"profile   {total / 1e3:.1f} ms in {sum(k['calls'] for k in kernels)} calls of {len(kernels)} kernels; "
+        f"a step takes {seconds * 1e3:.1f} ms, enqueueing it {outcome['enqueue_seconds'] * 1e3:.1f} ms"
+    ]
+    for kernel in kernels[:_SHOWN_KERNELS]:
+        name = kernel["name"] if len(kernel["name"]) <= 90 else kernel["name"][:87] + "..."
+        lines.append(f"  {kernel['us'] / total:6.1%} {kernel['us'] / 1e3:9.2f} ms {kernel['calls']:6d}x  {name}")
+    largest = ", ".join(k["name"].split("<")[0][-60:] for k in kernels[:_NAMED_COSTS])
+    return [*lines, f"largest   {largest}"]
+
+
+def _run(setup: Setup) -> dict[str, Any]:
+    """Run a stack in its process; whatever goes wrong there is an outcome."""
+    command = [sys.executable, "-m", "bench.step", json.dumps(asdict(setup))]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return {"status": "failed", "detail": f"not done after {_TIMEOUT_S} s"}
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        said = done.stderr.strip().splitlines()
+        return {"status": "failed", "detail": f"exit code {done.returncode}: {said[-1] if said else 'no output'}"}
+    outcome: dict[str, Any] = json.loads(lines[-1])
+    return outcome
+
+
+def _setups(options: argparse.Namespace) -> list[Setup]:
+    """Ours in each kind of checkpointing that was asked for, then the peers.
+
+    Raises:
+        ValueError: a peer, a kind of checkpointing or a number that cannot be used.
+    """
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but torch finds no GPU; --device cpu runs a tiny model")
+    sizes: dict[str, Any] = dict(_TINY) if device == "cpu" else dict(_QUICK) if options.quick else {}
+    for name in ("layers", "batch", "tokens", "rank", "steps", "dropout"):
+        value = getattr(options, name)
+        if value is not None:
+            if value < (0 if name == "dropout" else 1):
+                raise ValueError(f"--{name} is {value}; it is too small")
+            sizes[name] = value
+    base = Setup(device=device, seed=options.seed, **sizes)
+    modes = _known(options.checkpointing, _MODES, "kind of checkpointing")
+    peers = _known(options.peers, STACKS, "peer")
+    if options.budget_gb is not None:
+        modes = list(dict.fromkeys([*modes, "selective"]))
+    ours = [
+        replace(
+            base,
+            checkpointing=mode,
+            budget_gb=options.budget_gb if mode == "selective" else None,
+            profile=options.profile,
+        )
+        for mode in modes
+    ]
+    return [*ours, *(replace(base, stack=peer) for peer in peers)]
+
+
+def _known(given: str, choices: Iterable[str], what: str) -> list[str]:
+    names = [name for name in given.split(",") if name]
+    for name in names:
+        if name not in choices:
+            near = difflib.get_close_matches(name, choices, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"no {what} {name!r}; {hint}there are {', '.join(choices)}")
+    return list(dict.fromkeys(names))
+
+
+def _describe(setup: Setup) -> str:
+    return (
+        f"Llama of random weights, {setup.layers} layers of {setup.hidden}/{setup.intermediate}, vocabulary "
+        f"{setup.vocab}; {setup.batch} x {setup.tokens} tokens, NF4, r={setup.rank} on all projections, "
+        f"dropout {setup.dropout:g}"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m bench {NAME}", description=ABOUT)
+    parser.add_argument(
+        "--peers", default="hf,liger,unsloth", metavar="A,B", help=f"of {', '.join(STACKS)}; '' for none"
+    )
+    parser.add_argument("--checkpointing", default="full", metavar="A,B", help=f"fastpeft's, of {', '.join(_MODES)}")
+    parser.add_argument("--budget-gb", type=float, help="also run 'selective' with this budget for activations")
+    parser.add_argument("--layers", type=int, help="default 32")
+    parser.add_argument("--batch", type=int, help="sequences, default 4")
+    parser.add_argument("--tokens", type=int, help="of a sequence, default 2048")
+    parser.add_argument("--rank", type=int, help="default 16")
+    parser.add_argument("--dropout", type=float, help="of the adapters, default 0")
+    parser.add_argument("--steps", type=int, help="timed, default 5")
+    parser.add_argument("--profile", action="store_true", help="share of fastpeft's time by kernel")
+    parser.add_argument("--quick", action="store_true", help="8 layers")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), help="default: a GPU where there is one; a CPU runs a tiny model"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights and tokens")
+    parser.add_argument("--no-save", action="store_true", help="leave bench/results/ alone")
+    return parser

@@ -1,0 +1,193 @@
+"""Forwards over fused ops, which take the place of a module's own on that one instance.
+
+Each is written over a structure (`fastpeft.models.structure`) that lies beside it on the module, under `STRUCTURE`. The
+parts are looked up when they are used, so that adapters may be put in or taken out at any time. A forward hands over to
+the class's own wherever it was not made for the case: a cache, positional arguments, weights of another dtype.
+
+A layer's work is cut in two, before and after attention, so that `checkpointing` can recompute either alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.models.structure import MLP, Attention, Layer, Norm
+from fastpeft.ops import geglu, rms_norm, rope, swiglu
+
+STRUCTURE = "_fastpeft"
+CHECKPOINTING = "_fastpeft_checkpointing"
+CACHES = ("cache", "past_key_values", "past_key_value")
+
+
+class Tape(Protocol):
+    """Runs a layer's linear layers in place of a plain call; `checkpointing` has one that remembers."""
+
+    def linear(self, owner: nn.Module, name: str, x: Tensor) -> Tensor:
+        """Apply the linear layer that stands in ``owner`` under ``name``."""
+
+
+def project(owner: nn.Module, names: tuple[str, ...], x: Tensor, tape: Tape | None = None) -> list[Tensor]:
+    """Apply several linear layers of a module to one input."""
+    if tape is None:
+        return [getattr(owner, name)(x) for name in names]
+    return [tape.linear(owner, name, x) for name in names]
+
+
+def _on_structure(fused: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a forward the structure that lies on its module; without one, run the class's own."""
+
+    @functools.wraps(fused)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        structure = self.__dict__.get(STRUCTURE)
+        if structure is None:
+            return type(self).forward(self, *args, **kwargs)
+        return fused(self, structure, *args, **kwargs)
+
+    return forward
+
+
+# --- norms ---
+@_on_structure
+def norm_forward(self: nn.Module, norm: Norm, hidden_states: Tensor) -> Tensor:
+    """An RMS norm."""
+    weight: Any = self.weight
+    if hidden_states.dtype != weight.dtype:
+        own: Tensor = type(self).forward(self, hidden_states)
+        return own
+    out: Tensor = rms_norm(hidden_states, weight, norm.eps, offset=norm.offset, cast_first=norm.cast_first)
+    return out
+
+
+def add_norm(module: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """The norm of a sum, and the sum; in one pass over memory where the norm is a plain RMS norm."""
+    norm, weight = module.__dict__.get(STRUCTURE), getattr(module, "weight", None)
+    if (
+        not isinstance(norm, Norm)
+        or not isinstance(weight, Tensor)
+        or not x.dtype == residual.dtype == weight.dtype
+        or has_hooks(module)
+    ):
+        total = residual + x
+        return module(total), total
+    both: tuple[Tensor, Tensor] = rms_norm(
+        x, weight, norm.eps, offset=norm.offset, cast_first=norm.cast_first, residual=residual
+    )
+    return both
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something wants to be told of the module's calls."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+# --- MLP ---
+@_on_structure
+def mlp_forward(self: nn.Module, structure: MLP, x: Tensor) -> Tensor:
+    """A gated MLP."""
+    return apply_mlp(self, structure, x)
+
+
+def apply_mlp(mlp: nn.Module, structure: MLP, x: Tensor) -> Tensor:
+    """The whole MLP."""
+    return project(mlp, ("down_proj",), mlp_hidden(mlp, structure, x))[0]
+
+
+def mlp_hidden(mlp: nn.Module, structure: MLP, x: Tensor, tape: Tape | None = None) -> Tensor:
+    """What the down-projection of a gated MLP reads."""
+    outputs = project(mlp, structure.projections, x, tape)
+    gate, up = outputs if len(outputs) == 2 else (outputs[0], None)
+    if structure.activation == "silu":
+        return swiglu(gate, up)
+    return geglu(gate, up, "tanh" if structure.activation == "gelu_tanh" else "none")
+
+
+# --- attention ---
+@_on_structure
+def attention_forward(
+    self: nn.Module, structure: Attention, hidden_states: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Any]:
+    """Attention; generation with its cache, where nothing is to be differentiated, is left to the class."""
+    positions = kwargs.get("position_embeddings")
+    name, cache = next(((n, kwargs[n]) for n in CACHES if kwargs.get(n) is not None), ("", None))
+    if args or positions is None or (cache is not None and not torch.is_grad_enabled()):
+        own: tuple[Tensor, Any] = type(self).forward(self, hidden_states, *args, **kwargs)
+        return own
+    rest = {key: value for key, value in kwargs.items() if key not in ("position_embeddings", *CACHES)}
+    q, k, v = query_key_value(self, structure, hidden_states, positions)
+    if cache is not None:  # transformers makes one in training too; since it calls it cache, it tells it its arguments
+        k, v = cache.update(k, v, self.layer_idx, **({"kwargs": rest} if name == "cache" else {}))
+    out, weights = attend(self, structure, q, k, v, **rest)
+    return project(self, ("o_proj",), out)[0], weights
+
+
+def query_key_value(
+    attention: nn.Module, structure: Attention, x: Tensor, positions: tuple[Tensor, Tensor], tape: Tape | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The heads that attention reads, ``(b, heads, t, head_dim)``, with their positions in."""
+    outputs = project(attention, structure.projections, x, tape)
+    if len(outputs) == 1:
+        outputs = list(outputs[0].split(structure.widths, dim=-1))
+    q, k, v = (out.unflatten(-1, (-1, structure.head_dim)) for out in outputs)
+    if structure.norms:
+        q, k = attention.q_norm(q), attention.k_norm(k)  # type: ignore[operator]
+    q, k = rope(q.transpose(1, 2), k.transpose(1, 2), *positions)
+    return q, k, v.transpose(1, 2)
+
+
+def attend(
+    attention: nn.Module,
+    structure: Attention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """Run the model's own attention function: SDPA, FlashAttention or whatever its config names."""
+    home: Any = sys.modules[structure.home]
+    name = attention.config._attn_implementation  # type: ignore[union-attr]
+    function = home.ALL_ATTENTION_FUNCTIONS.get_interface(name, home.eager_attention_forward)
+    dropout = attention.attention_dropout if attention.training else 0.0
+    out, weights = function(attention, q, k, v, attention_mask, dropout=dropout, **structure.options, **kwargs)
+    return out.flatten(2), weights
+
+
+# --- layers ---
+@_on_structure
+def layer_forward(self: nn.Module, structure: Layer, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A decoder layer whose sums are taken with the norms that follow them."""
+    if args:
+        own: Tensor = type(self).forward(self, hidden_states, *args, **kwargs)
+        return own
+    checkpointing = self.__dict__.get(CHECKPOINTING)
+    if checkpointing is not None and self.training and torch.is_grad_enabled():
+        recomputed: Tensor = checkpointing.run(self, structure, hidden_states, kwargs)
+        return recomputed
+    return plain_layer(self, structure, hidden_states, **kwargs)
+
+
+def plain_layer(layer: nn.Module, structure: Layer, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    """The layer as autograd keeps it."""
+    x = layer.input_layernorm(hidden_states)  # type: ignore[operator]
+    x, _ = layer.self_attn(hidden_states=x, **kwargs)  # type: ignore[operator]
+    x, total = after_attention(layer, structure, hidden_states, x)
+    x = layer.mlp(x)  # type: ignore[operator]
+    return total + after_mlp(layer, structure, x)
+
+
+def after_attention(layer: nn.Module, structure: Layer, hidden_states: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """From attention's output to the MLP's input, and the residual stream."""
+    if structure.after:
+        x = getattr(layer, structure.after[0])(x)
+    return add_norm(getattr(layer, structure.before_mlp), x, hidden_states)
+
+
+def after_mlp(layer: nn.Module, structure: Layer, x: Tensor) -> Tensor:
+    """What the MLP's output goes through before it is added."""
+    return getattr(layer, structure.after[1])(x) if structure.after else x  # type: ignore[no-any-return]

@@ -1,0 +1,173 @@
+"""Linear layers in two halves, for recomputation: the product once, and its autograd node as often as it is needed.
+
+Recomputing a layer for its backward needs the inputs of its products, not always their outputs. The functions here take
+a product that was computed before, or none where nobody reads the output, and put the node into the graph around it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpeft.ops.nf4 import autocast
+from fastpeft.ops.nf4_weight import NF4Weight
+
+_BASE_OPERANDS = 8  # weight or codes, four tensors and a size of an NF4 weight, n, k
+
+
+def _operands(w: Tensor | NF4Weight) -> tuple[Any, ...]:
+    n, k = w.shape
+    return (*w.operands, n, k) if isinstance(w, NF4Weight) else (w, None, None, None, None, 0, n, k)
+
+
+def unread(x: Tensor, n: int) -> Tensor:
+    """A stand-in for an output that nobody reads: ``(..., n)``, one element of memory, no defined value."""
+    return x.new_empty(()).expand(*x.shape[:-1], n)
+
+
+def lora_product(
+    x: Tensor,
+    w: Tensor | NF4Weight,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Compute a LoRA linear layer outside of autograd.
+
+    Args:
+        x: ``(..., k)``; under autocast it is cast to autocast's dtype.
+        w: ``(n, k)``, dense or NF4.
+        a: ``(r, k)``.
+        b: ``(n, r)``.
+        scale: of the low-rank term.
+        bias: ``(n,)`` or None.
+        dropout: probability; 0 without a seed.
+        seed: of the dropout mask.
+    Returns:
+        The output ``(..., n)`` and ``drop(x) a^T`` ``(tokens, r)``, which backward reads.
+    """
+    x = autocast(x)
+    bias = None if bias is None else bias.to(x.dtype)
+    y, xa = torch.ops.fastpeft.lora_linear(x, *_operands(w), a, b, scale, bias, dropout, seed)
+    return y, xa
+
+
+def base_product(x: Tensor, w: Tensor | NF4Weight, bias: Tensor | None) -> Tensor:
+    """Compute a plain linear layer outside of autograd: ``(..., n)``."""
+    x = autocast(x)
+    bias = None if bias is None else bias.to(x.dtype)
+    if isinstance(w, NF4Weight):
+        y: Tensor = torch.ops.fastpeft.nf4_linear(x.reshape(-1, w.k), *_operands(w), bias)
+        return y.reshape(*x.shape[:-1], w.n)
+    return torch.nn.functional.linear(x, w.to(x.dtype), bias)
+
+
+class _LoRANode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        bias: Tensor | None,
+        y: Tensor,
+        xa: Tensor,
+        scale: float,
+        p: float,
+        seed: Tensor | None,
+        *base: Any,
+    ) -> Tensor:
+        ctx.save_for_backward(x, xa, a, b, seed, *base[:5])
+        ctx.constants = (scale, p, base[5:])
+        return y.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, xa, a, b, seed, *tensors = ctx.saved_tensors
+        scale, p, sizes = ctx.constants
+        want_dx, want_da, want_db = ctx.needs_input_grad[:3]
+        wanted = (want_dx, want_da or want_db)
+        dx, da, db = torch.ops.fastpeft.lora_linear_backward(dy, x, xa, *tensors, *sizes, a, b, scale, p, seed, *wanted)
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
+        nothing = (None,) * (5 + _BASE_OPERANDS)
+        return dx if want_dx else None, da if want_da else None, db if want_db else None, dbias, *nothing
+
+
+class _BaseNode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, *rest: Any) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, *rest[:4])
+        ctx.sizes, ctx.shape = rest[4:], x.shape
+        return y.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *tensors = ctx.saved_tensors
+        want_dx, want_dw, want_dbias = ctx.needs_input_grad[:3]
+        dy2d = dy.reshape(-1, dy.shape[-1])
+        dx = None
+        if want_dx and tensors[0] is None:
+            dx = (dy2d @ weight.to(dy.dtype)).reshape(ctx.shape)
+        elif want_dx:
+            dx = torch.ops.fastpeft.nf4_linear_dx(dy2d, weight, *tensors, *ctx.sizes).reshape(ctx.shape)
+        dw = (dy2d.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype) if want_dw else None
+        return dx, dw, dy2d.sum(0) if want_dbias else None, *(None,) * _BASE_OPERANDS
+
+
+def lora_node(
+    x: Tensor,
+    y: Tensor,
+    xa: Tensor,
+    w: Tensor | NF4Weight,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """Put the node of `lora_linear` around what `lora_product` gave.
+
+    Args:
+        x: the same input, in the graph.
+        y: the output, or `unread`.
+        xa: as `lora_product` gave it.
+        w: as in `lora_product`, like all that follow.
+        a: ``(r, k)``.
+        b: ``(n, r)``.
+        scale: of the low-rank term.
+        bias: ``(n,)`` or None.
+        dropout: probability.
+        seed: of the dropout mask.
+    Returns:
+        ``y`` in the graph, differentiable in ``x``, ``a``, ``b`` and ``bias``.
+    """
+    x = autocast(x)
+    bias = None if bias is None else bias.to(x.dtype)
+    out: Tensor = _LoRANode.apply(x, a, b, bias, y, xa, scale, dropout, seed, *_operands(w))  # type: ignore[no-untyped-call]
+    return out
+
+
+def base_node(x: Tensor, y: Tensor, w: Tensor | NF4Weight, bias: Tensor | None) -> Tensor:
+    """Put the node of a plain linear layer around its output.
+
+    Args:
+        x: the same input, in the graph.
+        y: the output, or `unread`.
+        w: ``(n, k)``; NF4, or dense and differentiable too.
+        bias: ``(n,)`` or None.
+    Returns:
+        ``y`` in the graph.
+    """
+    x = autocast(x)
+    weight, *rest = _operands(w)
+    bias = None if bias is None else bias.to(x.dtype)
+    out: Tensor = _BaseNode.apply(x, weight, bias, y, *rest)  # type: ignore[no-untyped-call]
+    return out
