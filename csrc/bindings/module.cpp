@@ -47,6 +47,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   fastpeft::bindings::bind_nf4(m);
   fastpeft::bindings::bind_nf4_linear(m);
+  fastpeft::bindings::bind_lora(m);
   fastpeft::bindings::bind_dropout(m);
   fastpeft::bindings::bind_adamw(m);
   fastpeft::bindings::bind_rms_norm(m);

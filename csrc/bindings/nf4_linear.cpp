@@ -9,6 +9,13 @@ namespace py = pybind11;
 namespace fastpeft::bindings {
 
 void bind_nf4_linear(py::module_& m) {
+  py::class_<NF4LinearAdapter>(m, "NF4LinearAdapter")
+      .def(py::init([](int64_t r, Address xa, int64_t xa_pitch, Address factor, double p, uint64_t seed, bool add_to_y,
+                       bool early) {
+             return NF4LinearAdapter{r, at<void>(xa), xa_pitch, at<void>(factor), p, seed, add_to_y, early};
+           }),
+           py::arg("r"), py::arg("xa"), py::arg("xa_pitch"), py::arg("factor"), py::arg("p"), py::arg("seed"),
+           py::arg("add_to_y"), py::arg("early"));
   m.def(
       "nf4_linear_plan",
       [](int64_t rows, int64_t n, int64_t k, bool transposed, int64_t block_size, int dtype, bool aligned,
@@ -41,19 +48,30 @@ void bind_nf4_linear(py::module_& m) {
       "nf4_linear",
       [](bool transposed, Address x, Address codes, Address absmax, Address nested_absmax, Address nested_map,
          Address offset, int64_t block_size, Address bias, Address y, int dtype, int64_t rows, int64_t n, int64_t k,
-         Address workspace, int64_t workspace_bytes, Address counters, bool wgmma, const Context& context) {
+         Address workspace, int64_t workspace_bytes, Address counters, bool wgmma, const NF4LinearAdapter* adapter,
+         const Context& context) {
         const NF4View view = nf4_view(codes, absmax, nested_absmax, nested_map, offset, n * k, block_size);
-        const NF4LinearArgs args{
-            view, transposed, at<void>(x), at<void>(bias),      at<void>(y),     static_cast<DType>(dtype),
-            rows, n,          k,           at<void>(workspace), workspace_bytes, at<unsigned>(counters),
-            wgmma};
+        const NF4LinearArgs args{view,
+                                 transposed,
+                                 at<void>(x),
+                                 at<void>(bias),
+                                 at<void>(y),
+                                 static_cast<DType>(dtype),
+                                 rows,
+                                 n,
+                                 k,
+                                 at<void>(workspace),
+                                 workspace_bytes,
+                                 at<unsigned>(counters),
+                                 wgmma,
+                                 adapter == nullptr ? NF4LinearAdapter{} : *adapter};
         py::gil_scoped_release unlocked;
         cuda::nf4_linear(args, context);
       },
       py::arg("transposed"), py::arg("x"), py::arg("codes"), py::arg("absmax"), py::arg("nested_absmax"),
       py::arg("nested_map"), py::arg("offset"), py::arg("block_size"), py::arg("bias"), py::arg("y"), py::arg("dtype"),
       py::arg("m"), py::arg("n"), py::arg("k"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("counters"),
-      py::arg("wgmma"), py::arg("context"));
+      py::arg("wgmma"), py::arg("adapter").none(true), py::arg("context"));
 }
 
 }  // namespace fastpeft::bindings

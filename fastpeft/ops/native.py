@@ -7,7 +7,7 @@ threads as torch uses (CPU). Reading the raw stream costs 0.3 us where ``torch.c
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,6 +64,53 @@ def nf4_linear_plan(
     """Which kernel multiplies by an NF4 weight of these sizes, what it needs, and why."""
     number = dtype_number("nf4_linear", dtype)
     return LinearPlan(*_C.nf4_linear_plan(m, n, k, transposed, block_size, number, aligned, *device_limits(device)))
+
+
+class LoraPlan(NamedTuple):
+    """Whether kernels take LoRA linears that share x, and what they need (csrc/cuda/lora_linear_config.h)."""
+
+    fused: bool
+    forward_bytes: int  # of workspace for a product
+    backward_bytes: int
+    sums_bytes: int  # of workspace for the gradients, free again before dx is written
+    counters: int  # 32-bit words, zero before and after
+    reason: str
+
+
+@lru_cache(maxsize=1024)
+def lora_linear_plan(
+    m: int,
+    k: int,
+    n: tuple[int, ...],
+    r: tuple[int, ...],
+    block_sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    aligned: bool,
+    device: torch.device,
+) -> LoraPlan:
+    """Whether kernels take LoRA linears of these sizes over NF4 bases, what they need, and why."""
+    number = dtype_number("lora_linear", dtype)
+    return LoraPlan(*_C.lora_linear_plan(m, k, n, r, block_sizes, number, aligned, *device_limits(device)))
+
+
+def lora_adapter(a: Tensor, b: Tensor, scale: float) -> object:
+    """An adapter of contiguous float32 ``(r, k)`` and ``(n, r)`` (csrc/include/fastpeft/lora.h)."""
+    n, r = b.shape
+    return _C.LoraAdapter(a.data_ptr(), b.data_ptr(), n, r, scale)
+
+
+def linear_adapter(
+    r: int,
+    xa: int,
+    xa_pitch: int,
+    factor: int,
+    p: float = 0.0,
+    seed: int = 0,
+    add_to_y: bool = False,
+    early: bool = False,
+) -> object:
+    """An adapter that joins a product with an NF4 weight (csrc/include/fastpeft/nf4_linear.h)."""
+    return _C.NF4LinearAdapter(r, xa, xa_pitch, factor, p, seed, add_to_y, early)
 
 
 @cache

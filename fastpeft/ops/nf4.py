@@ -207,13 +207,47 @@ def _from_codes(
     x2d: Tensor, operands: Operands, n: int, k: int, transposed: bool, bias: Tensor | None
 ) -> Tensor | None:
     """The product by a kernel that reads the codes; None where none does."""
-    codes, absmax, nested_absmax, nested_map, offset, block_size = operands
-    plan = _plan(x2d, codes, block_size, n, k, transposed)
+    plan = _plan(x2d, operands[0], operands[-1], n, k, transposed)
     if plan.kernel == "dequantise":
         return None
     y = x2d.new_empty((x2d.shape[0], k if transposed else n))
     workspace = x2d.new_empty((plan.workspace_bytes,), dtype=torch.uint8) if plan.workspace_bytes else None
     counters = native.counters(plan.counters, x2d.device) if plan.counters else None
+    product_from_codes(
+        x2d, operands, n, k, transposed, bias, y, native.address(workspace), plan.workspace_bytes, counters
+    )
+    return y
+
+
+def product_from_codes(
+    x2d: Tensor,
+    operands: Operands,
+    n: int,
+    k: int,
+    transposed: bool,
+    bias: Tensor | None,
+    y: Tensor,
+    workspace: int,
+    workspace_bytes: int,
+    counters: Tensor | None,
+    adapter: object | None = None,
+) -> None:
+    """Run the kernel that the plan has chosen.
+
+    Args:
+        x2d: contiguous ``(m, k)``, or ``(m, n)`` if transposed.
+        operands: of the ``(n, k)`` weight.
+        n: out_features.
+        k: in_features.
+        transposed: multiply by the weight instead of its transpose.
+        bias: contiguous ``(n,)`` or None.
+        y: ``(m, n)``, or ``(m, k)`` if transposed.
+        workspace: address of as many bytes as the plan asks for.
+        workspace_bytes: how many.
+        counters: as many as the plan asks for.
+        adapter: ``native.linear_adapter`` of what joins the product.
+    """
+    codes, absmax, nested_absmax, nested_map, offset, block_size = operands
     native.call_cuda(
         "nf4_linear",
         x2d,
@@ -231,12 +265,12 @@ def _from_codes(
         x2d.shape[0],
         n,
         k,
-        native.address(workspace),
-        plan.workspace_bytes,
+        workspace,
+        workspace_bytes,
         native.address(counters),
         native.device_limits(x2d.device)[-1],
+        adapter,
     )
-    return y
 
 
 def _linear(x: Tensor, *rest: Any) -> Tensor:
