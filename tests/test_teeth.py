@@ -54,7 +54,7 @@ def change_an_adamw_option(**changed: Any) -> Callable[[Patch], None]:
 
 
 def forget_the_base_gradient(patch: Patch) -> None:
-    patch.setattr(lora, "_base_dx", lambda dy, base: dy.new_zeros((dy.shape[0], base[-1])))
+    patch.setattr(lora, "_base_dx", lambda dy, member, k: dy.new_zeros((dy.shape[0], k)))
 
 
 def draw_another_mask_in_backward(patch: Patch) -> None:

@@ -34,7 +34,7 @@ from fastpeft.models import fused
 from fastpeft.models.fused import CACHES, STRUCTURE, has_hooks, project
 from fastpeft.models.offload import Here, Kept, Shelf
 from fastpeft.models.plan import LayerPlan, Planner
-from fastpeft.models.replay import Seen, product_of
+from fastpeft.models.replay import Product, Seen, product_of, replay, run, sharing
 from fastpeft.models.structure import MLP, Attention, Layer
 
 _DOWN, _OUT = "down_proj", "o_proj"
@@ -259,19 +259,28 @@ class _Tape:
 
     def __init__(self, keep: frozenset[str], unread: tuple[str, ...]) -> None:
         self._keep, self._unread = keep, unread
-        self._seen: dict[str, Seen] = {}
+        self._seen: dict[tuple[str, ...], Seen] = {}
         self.replaying = False
 
-    def linear(self, owner: nn.Module, name: str, x: Tensor) -> Tensor:
-        """Apply the linear layer that stands in ``owner`` under ``name``."""
-        product = product_of(owner._modules[name])
-        if product is None or (self.replaying and name not in self._seen):
-            y: Tensor = getattr(owner, name)(x)
-        elif self.replaying:
-            y = product.replay(x, self._seen.pop(name))
-        else:
-            y, self._seen[name] = product.run(x, name in self._keep, name not in self._unread)
-        return y
+    def linear(self, owner: nn.Module, names: tuple[str, ...], x: Tensor) -> list[Tensor]:
+        """Apply the linear layers that stand in ``owner`` under ``names``, together where they can be."""
+        products = [product_of(owner._modules[name]) for name in names]
+        if sharing(products):
+            return self._apply(owner, names, products, x)
+        pairs = zip(names, products, strict=True)
+        return [y for name, product in pairs for y in self._apply(owner, (name,), [product], x)]
+
+    def _apply(
+        self, owner: nn.Module, names: tuple[str, ...], products: Sequence[Product | None], x: Tensor
+    ) -> list[Tensor]:
+        known = [product for product in products if product is not None]
+        if not known or (self.replaying and names not in self._seen):
+            return [getattr(owner, name)(x) for name in names]
+        if self.replaying:
+            return replay(known, x, self._seen.pop(names))
+        keep, is_read = all(name in self._keep for name in names), any(name not in self._unread for name in names)
+        ys, self._seen[names] = run(known, x, keep, is_read)
+        return ys
 
 
 class _AttentionNode:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastpeft.models.replay import product_of, sharing, together
 from fastpeft.models.structure import MLP, Attention, Layer, Norm
 from fastpeft.ops import geglu, rms_norm, rope, swiglu
 
@@ -28,15 +29,19 @@ CACHES = ("cache", "past_key_values", "past_key_value")
 class Tape(Protocol):
     """Runs a layer's linear layers in place of a plain call; `checkpointing` has one that remembers."""
 
-    def linear(self, owner: nn.Module, name: str, x: Tensor) -> Tensor:
-        """Apply the linear layer that stands in ``owner`` under ``name``."""
+    def linear(self, owner: nn.Module, names: tuple[str, ...], x: Tensor) -> list[Tensor]:
+        """Apply the linear layers that stand in ``owner`` under ``names``."""
 
 
 def project(owner: nn.Module, names: tuple[str, ...], x: Tensor, tape: Tape | None = None) -> list[Tensor]:
-    """Apply several linear layers of a module to one input."""
-    if tape is None:
-        return [getattr(owner, name)(x) for name in names]
-    return [tape.linear(owner, name, x) for name in names]
+    """Apply several linear layers of a module to one input, together where they are LoRA layers that can share it."""
+    if tape is not None:
+        return tape.linear(owner, names, x)
+    if len(names) > 1:
+        products = sharing([product_of(owner._modules[name]) for name in names])
+        if products is not None:
+            return together(products, x)
+    return [getattr(owner, name)(x) for name in names]
 
 
 def _on_structure(fused: Callable[..., Any]) -> Callable[..., Any]:

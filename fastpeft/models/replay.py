@@ -1,34 +1,46 @@
-"""A linear layer as a product that can be run once and differentiated later, whatever module holds it."""
+"""Linear layers as products, whatever modules hold them: together where they share an input, run once and
+differentiated later.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastpeft.nn import LoRALinear, NF4Linear
-from fastpeft.ops import NF4Weight
+from fastpeft.ops import NF4Weight, lora_linear_group
 from fastpeft.ops.dropout import new_seed
 from fastpeft.ops.replay import base_node, base_product, lora_node, lora_product, unread
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What is kept of a product between forward and backward.
+    """What is kept of products of one input between forward and backward.
 
     Attributes:
-        y: the output, where it is kept.
-        xa: the low-rank path's input product, where the output is kept or is read by nobody.
+        ys: the outputs, where they are kept.
+        xa: the low-rank paths' input product, where the outputs are kept or are read by nobody.
         seed: of the dropout mask.
-        is_read: whether backward needs the output's values.
+        is_read: whether backward needs the outputs' values.
     """
 
-    y: Tensor | None
+    ys: list[Tensor] | None
     xa: Tensor | None
     seed: Tensor | None
     is_read: bool
+
+
+class Adapter(NamedTuple):
+    """A low-rank term: ``scale * (drop(x) a^T) b^T``."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    dropout: float
 
 
 @dataclass(frozen=True)
@@ -38,12 +50,12 @@ class Product:
     Attributes:
         weight: ``(n, k)``, dense or NF4.
         bias: ``(n,)`` or None.
-        adapter: ``a``, ``b``, scale and dropout, or None.
+        adapter: the low-rank term or None.
     """
 
     weight: Tensor | NF4Weight
     bias: Tensor | None
-    adapter: tuple[Tensor, Tensor, float, float] | None
+    adapter: Adapter | None
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
@@ -52,39 +64,73 @@ class Product:
         base = () if isinstance(self.weight, NF4Weight) else (self.weight,)
         return tuple(p for p in (*base, self.bias, *factors) if p is not None and p.requires_grad)
 
-    def run(self, x: Tensor, keep: bool, is_read: bool) -> tuple[Tensor, Seen]:
-        """Compute the output outside of autograd.
 
-        Args:
-            x: the input.
-            keep: keep the output for backward.
-            is_read: whether backward needs the output's values.
-        Returns:
-            The output and what `replay` needs.
-        """
-        seed = new_seed() if self.adapter and self.adapter[3] > 0 else None
-        y, xa = self._compute(x, seed)
-        return y, Seen(y if keep else None, xa if keep or not is_read else None, seed, is_read)
+def sharing(products: Sequence[Product | None]) -> list[Product] | None:
+    """The products, if as several of one input they can be computed together: all have an adapter, of equal dropout."""
+    known = [product for product in products if product is not None and product.adapter is not None]
+    dropouts = {product.adapter.dropout for product in known if product.adapter is not None}
+    return known if len(known) == len(products) > 1 and len(dropouts) == 1 else None
 
-    def replay(self, x: Tensor, seen: Seen) -> Tensor:
-        """Give the output again, in the graph of its input; it is computed only if it is read and was not kept."""
-        y, xa = seen.y, seen.xa
-        if y is None and seen.is_read:
-            y, xa = self._compute(x, seen.seed)
-        elif y is None:
-            y = unread(x, self.weight.shape[0])
-        if self.adapter is None:
-            return base_node(x, y, self.weight, self.bias)
-        a, b, scale, dropout = self.adapter
-        assert xa is not None
-        return lora_node(x, y, xa, self.weight, a, b, scale, self.bias, dropout, seen.seed)
 
-    @torch.no_grad()
-    def _compute(self, x: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if self.adapter is None:
-            return base_product(x, self.weight, self.bias), None
-        a, b, scale, dropout = self.adapter
-        return lora_product(x, self.weight, a, b, scale, self.bias, dropout, seed)
+def together(products: Sequence[Product], x: Tensor) -> list[Tensor]:
+    """Apply products that `sharing` gave, in the graph of their input."""
+    lists, dropout = _of_each(products)
+    return lora_linear_group(x, *lists, dropout)
+
+
+def run(products: Sequence[Product], x: Tensor, keep: bool, is_read: bool) -> tuple[list[Tensor], Seen]:
+    """Compute the outputs outside of autograd.
+
+    Args:
+        products: one, or some that `sharing` gave.
+        x: the input.
+        keep: keep the outputs for backward.
+        is_read: whether backward needs the outputs' values.
+    Returns:
+        The outputs and what `replay` needs.
+    """
+    adapter = products[0].adapter
+    seed = new_seed() if adapter and adapter.dropout > 0 else None
+    ys, xa = _compute(products, x, seed)
+    return ys, Seen(ys if keep else None, xa if keep or not is_read else None, seed, is_read)
+
+
+def replay(products: Sequence[Product], x: Tensor, seen: Seen) -> list[Tensor]:
+    """Give the outputs again, in the graph of their input; they are computed only if they are read and were not kept.
+
+    Args:
+        products: as in `run`.
+        x: the same input, in the graph.
+        seen: what `run` gave.
+    """
+    ys, xa = seen.ys, seen.xa
+    if ys is None and seen.is_read:
+        ys, xa = _compute(products, x, seen.seed)
+    elif ys is None:
+        ys = [unread(x, product.weight.shape[0]) for product in products]
+    if products[0].adapter is None:
+        return [base_node(x, y, product.weight, product.bias) for product, y in zip(products, ys, strict=True)]
+    assert xa is not None
+    lists, dropout = _of_each(products)
+    return lora_node(x, ys, xa, *lists, dropout, seen.seed)
+
+
+@torch.no_grad()
+def _compute(products: Sequence[Product], x: Tensor, seed: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+    if products[0].adapter is None:
+        return [base_product(x, product.weight, product.bias) for product in products], None
+    lists, dropout = _of_each(products)
+    return lora_product(x, *lists, dropout, seed)
+
+
+_Lists = tuple[list[Tensor | NF4Weight], tuple[Tensor, ...], tuple[Tensor, ...], tuple[float, ...], list[Tensor | None]]
+
+
+def _of_each(products: Sequence[Product]) -> tuple[_Lists, float]:
+    """Weights, a, b, scales and biases, and the dropout that all have."""
+    adapters = [product.adapter for product in products if product.adapter is not None]
+    a, b, scales, dropouts = zip(*adapters, strict=True)
+    return ([product.weight for product in products], a, b, scales, [product.bias for product in products]), dropouts[0]
 
 
 def product_of(module: Any) -> Product | None:
@@ -107,7 +153,7 @@ def product_of(module: Any) -> Product | None:
         (name,) = active
         dropout = module.lora_dropout[name] if module.training else 0.0
         a, b = (cast(Tensor, factors[name].weight) for factors in (module.lora_A, module.lora_B))
-        return Product(base.weight, base.bias, (a, b, module.scaling[name], dropout))
+        return Product(base.weight, base.bias, Adapter(a, b, module.scaling[name], dropout))
     if type(module) is NF4Linear:
         return Product(module.nf4, module.bias, None)
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:

@@ -3,7 +3,7 @@
 from fastpeft.ops.adamw import adamw_
 from fastpeft.ops.cross_entropy import linear_cross_entropy, linear_logprobs
 from fastpeft.ops.glu import geglu, swiglu
-from fastpeft.ops.lora import lora_linear
+from fastpeft.ops.lora import lora_linear, lora_linear_group, lora_linear_plan
 from fastpeft.ops.native import build_info
 from fastpeft.ops.nf4 import nf4_dequantize, nf4_linear, nf4_linear_plan, nf4_quantize
 from fastpeft.ops.nf4_weight import NF4Weight
@@ -18,6 +18,8 @@ __all__ = [
     "linear_cross_entropy",
     "linear_logprobs",
     "lora_linear",
+    "lora_linear_group",
+    "lora_linear_plan",
     "nf4_dequantize",
     "nf4_linear",
     "nf4_linear_plan",

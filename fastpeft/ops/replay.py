@@ -6,11 +6,13 @@ a product that was computed before, or none where nobody reads the output, and p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastpeft.ops.lora import LoRANode, layers
 from fastpeft.ops.nf4 import autocast
 from fastpeft.ops.nf4_weight import NF4Weight
 
@@ -29,32 +31,32 @@ def unread(x: Tensor, n: int) -> Tensor:
 
 def lora_product(
     x: Tensor,
-    w: Tensor | NF4Weight,
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    bias: Tensor | None,
+    weights: Sequence[Tensor | NF4Weight],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Sequence[float],
+    biases: Sequence[Tensor | None],
     dropout: float,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Compute a LoRA linear layer outside of autograd.
+) -> tuple[list[Tensor], Tensor]:
+    """Compute LoRA linear layers that share x outside of autograd.
 
     Args:
         x: ``(..., k)``; under autocast it is cast to autocast's dtype.
-        w: ``(n, k)``, dense or NF4.
-        a: ``(r, k)``.
-        b: ``(n, r)``.
-        scale: of the low-rank term.
-        bias: ``(n,)`` or None.
+        weights: ``(n, k)`` each, dense or NF4.
+        a: ``(r, k)`` each.
+        b: ``(n, r)`` each.
+        scales: of the low-rank terms.
+        biases: ``(n,)`` each or None.
         dropout: probability; 0 without a seed.
         seed: of the dropout mask.
     Returns:
-        The output ``(..., n)`` and ``drop(x) a^T`` ``(tokens, r)``, which backward reads.
+        The outputs ``(..., n)`` and xa, ``drop(x) a^T`` of all layers, which backward reads.
     """
     x = autocast(x)
-    bias = None if bias is None else bias.to(x.dtype)
-    y, xa = torch.ops.fastpeft.lora_linear(x, *_operands(w), a, b, scale, bias, dropout, seed)
-    return y, xa
+    these = layers(x.dtype, weights, a, b, scales, biases, dropout)
+    *ys, xa = torch.ops.fastpeft.lora_linear(x, *these.arguments(seed), these.split(these.tensors)[1][2])
+    return ys, xa
 
 
 def base_product(x: Tensor, w: Tensor | NF4Weight, bias: Tensor | None) -> Tensor:
@@ -65,38 +67,6 @@ def base_product(x: Tensor, w: Tensor | NF4Weight, bias: Tensor | None) -> Tenso
         y: Tensor = torch.ops.fastpeft.nf4_linear(x.reshape(-1, w.k), *_operands(w), bias)
         return y.reshape(*x.shape[:-1], w.n)
     return torch.nn.functional.linear(x, w.to(x.dtype), bias)
-
-
-class _LoRANode(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        a: Tensor,
-        b: Tensor,
-        bias: Tensor | None,
-        y: Tensor,
-        xa: Tensor,
-        scale: float,
-        p: float,
-        seed: Tensor | None,
-        *base: Any,
-    ) -> Tensor:
-        ctx.save_for_backward(x, xa, a, b, seed, *base[:5])
-        ctx.constants = (scale, p, base[5:])
-        return y.detach()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, xa, a, b, seed, *tensors = ctx.saved_tensors
-        scale, p, sizes = ctx.constants
-        want_dx, want_da, want_db = ctx.needs_input_grad[:3]
-        wanted = (want_dx, want_da or want_db)
-        dx, da, db = torch.ops.fastpeft.lora_linear_backward(dy, x, xa, *tensors, *sizes, a, b, scale, p, seed, *wanted)
-        dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
-        nothing = (None,) * (5 + _BASE_OPERANDS)
-        return dx if want_dx else None, da if want_da else None, db if want_db else None, dbias, *nothing
 
 
 class _BaseNode(torch.autograd.Function):
@@ -123,36 +93,35 @@ class _BaseNode(torch.autograd.Function):
 
 def lora_node(
     x: Tensor,
-    y: Tensor,
+    ys: Sequence[Tensor],
     xa: Tensor,
-    w: Tensor | NF4Weight,
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    bias: Tensor | None,
+    weights: Sequence[Tensor | NF4Weight],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Sequence[float],
+    biases: Sequence[Tensor | None],
     dropout: float,
     seed: Tensor | None,
-) -> Tensor:
-    """Put the node of `lora_linear` around what `lora_product` gave.
+) -> list[Tensor]:
+    """Put the node of `lora_linear_group` around what `lora_product` gave.
 
     Args:
         x: the same input, in the graph.
-        y: the output, or `unread`.
+        ys: the outputs, or `unread`.
         xa: as `lora_product` gave it.
-        w: as in `lora_product`, like all that follow.
-        a: ``(r, k)``.
-        b: ``(n, r)``.
-        scale: of the low-rank term.
-        bias: ``(n,)`` or None.
+        weights: as in `lora_product`, like all that follow.
+        a: ``(r, k)`` each.
+        b: ``(n, r)`` each.
+        scales: of the low-rank terms.
+        biases: ``(n,)`` each or None.
         dropout: probability.
         seed: of the dropout mask.
     Returns:
-        ``y`` in the graph, differentiable in ``x``, ``a``, ``b`` and ``bias``.
+        ``ys`` in the graph, differentiable in ``x``, ``a``, ``b`` and ``biases``.
     """
     x = autocast(x)
-    bias = None if bias is None else bias.to(x.dtype)
-    out: Tensor = _LoRANode.apply(x, a, b, bias, y, xa, scale, dropout, seed, *_operands(w))  # type: ignore[no-untyped-call]
-    return out
+    these = layers(x.dtype, weights, a, b, scales, biases, dropout)
+    return list(LoRANode.apply(x, seed, (ys, xa), these.constants, *these.tensors))  # type: ignore[no-untyped-call]
 
 
 def base_node(x: Tensor, y: Tensor, w: Tensor | NF4Weight, bias: Tensor | None) -> Tensor:

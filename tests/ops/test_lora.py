@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import pytest
 import torch
 from tolerances import assert_exact, assert_ratio
@@ -21,39 +24,133 @@ def dtype_id(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+@dataclass
+class Layers:
+    """Layers of one input and rank, and what comes in from either side."""
+
+    x: Tensor
+    weights: list[Tensor | ops.NF4Weight]
+    a: list[Tensor]
+    b: list[Tensor]
+    biases: list[Tensor]
+    dys: list[Tensor]
+    dropout: float
+    scales: list[float]
+
+    @classmethod
+    def make(
+        cls, m: int, n: tuple[int, ...], k: int, rank: int, dropout: float, dtype: torch.dtype, base: str, device: str
+    ) -> Layers:
+        dense = [(torch.randn(size, k) / k**0.5).to(device, dtype) for size in n]
+        return cls(
+            torch.randn(m, k, device=device, dtype=dtype).requires_grad_(),
+            [ops.nf4_quantize(w) if base == "nf4" else w for w in dense],
+            [(torch.randn(rank, k, device=device) / k**0.5).requires_grad_() for _ in n],
+            [(torch.randn(size, rank, device=device) / rank**0.5).requires_grad_() for size in n],
+            [torch.randn(size, device=device, dtype=dtype) for size in n],
+            [torch.randn(m, size, device=device, dtype=dtype) / size**0.5 for size in n],
+            dropout,
+            [2.0 + i for i in range(len(n))],
+        )
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [self.x, *self.a, *self.b]
+
+    def together(self) -> list[Tensor]:
+        lists = (self.weights, self.a, self.b, self.scales, self.biases)
+        return ops.lora_linear_group(self.x, *lists, dropout=self.dropout)
+
+    def one_by_one(self) -> list[Tensor]:
+        """All with the mask that they have together."""
+        state, out = torch.get_rng_state(), []
+        for w, a, b, scale, bias in zip(self.weights, self.a, self.b, self.scales, self.biases, strict=True):
+            torch.set_rng_state(state)
+            out.append(ops.lora_linear(self.x, w, a, b, scale, bias, self.dropout))
+        return out
+
+    def outputs_and_gradients(self, run: Callable[[], list[Tensor]]) -> list[Tensor]:
+        torch.manual_seed(7)
+        ys = run()
+        return [*ys, *torch.autograd.grad(ys, self.leaves, self.dys)]
+
+    def plain(self, dtype: torch.dtype) -> list[Tensor]:
+        """In the framework's products, with the mask that the dropout op has for the same seed."""
+        mask = torch.ones_like(self.x, dtype=torch.float32)
+        torch.manual_seed(7)
+        mask = (drop(mask, self.dropout, new_seed()) if self.dropout else mask).to(dtype)
+        count = len(self.weights)
+        x, *factors = (leaf.detach().to(dtype).requires_grad_() for leaf in self.leaves)
+        ys = []
+        for w, a, b, scale, bias in zip(
+            self.weights, factors[:count], factors[count:], self.scales, self.biases, strict=True
+        ):
+            dense = ops.nf4_dequantize(w) if isinstance(w, ops.NF4Weight) else w
+            y = x @ dense.to(dtype).t() + bias.to(dtype)
+            ys.append(y + scale * ((x * mask) @ a.t()) @ b.t())
+        grads = torch.autograd.grad(ys, [x, *factors], [dy.to(dtype) for dy in self.dys])
+        return [*ys, *grads]
+
+    def check(self, run: Callable[[], list[Tensor]]) -> None:
+        ours, dtype = self.outputs_and_gradients(run), self.x.dtype
+        assert all(grad.dtype == torch.float32 for grad in ours[len(self.weights) + 1 :])
+        for value, same, exact in zip(ours, self.plain(dtype), self.plain(torch.float64), strict=True):
+            assert_ratio(value.to(dtype), same, exact)
+
+
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("rank", [1, 16])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_forward_and_backward(dtype: torch.dtype, rank: int, dropout: float, base: str, device: str) -> None:
-    m, n, k, scale = 37, 96, 160, 2.0
-    dense = (torch.randn(n, k) / k**0.5).to(device, dtype)
-    w = ops.nf4_quantize(dense) if base == "nf4" else dense
-    if isinstance(w, ops.NF4Weight):
-        dense = ops.nf4_dequantize(w)
-    x = torch.randn(m, k, device=device, dtype=dtype, requires_grad=True)
-    a = (torch.randn(rank, k, device=device) / k**0.5).requires_grad_()
-    b = torch.randn(n, rank, device=device, requires_grad=True)
-    bias = torch.randn(n, device=device, dtype=dtype)
-    dy = torch.randn(m, n, device=device, dtype=dtype)
+    layer = Layers.make(37, (96,), 160, rank, dropout, dtype, base, device)
+    layer.check(layer.one_by_one)
 
-    torch.manual_seed(7)
-    y = ops.lora_linear(x, w, a, b, scale, bias, dropout)
-    y.backward(dy)
-    torch.manual_seed(7)
-    mask = drop(torch.ones(m, k, device=device), dropout, new_seed()) if dropout else torch.ones(m, k, device=device)
 
-    def plain(kind: torch.dtype) -> tuple[Tensor, ...]:
-        leaves = [t.detach().to(kind).requires_grad_() for t in (x, a, b)]
-        out = leaves[0] @ dense.to(kind).t() + bias.to(kind)
-        out = out + scale * ((leaves[0] * mask.to(kind)) @ leaves[1].t()) @ leaves[2].t()
-        out.backward(dy.to(kind))
-        return out, *(leaf.grad for leaf in leaves)  # type: ignore[return-value]
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("rank", [3, 16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_group(dtype: torch.dtype, rank: int, dropout: float, base: str, device: str) -> None:
+    layers = Layers.make(37, (96, 64, 32), 160, rank, dropout, dtype, base, device)
+    layers.check(layers.together)
 
-    for ours, same, exact in zip((y, x.grad, a.grad, b.grad), plain(dtype), plain(torch.float64), strict=True):
-        assert ours is not None
-        assert_ratio(ours.to(dtype), same, exact)
-    assert a.grad is not None and a.grad.dtype == torch.float32
+
+def test_group_is_its_layers_one_by_one(device: str) -> None:
+    """Outputs and each layer's own gradients to the bit; x's gradient is a sum, whose roundings have another order."""
+    layers = Layers.make(37, (96, 64), 128, 4, 0.3, torch.float32, "nf4", device)
+    both = zip(*(layers.outputs_and_gradients(run) for run in (layers.together, layers.one_by_one)), strict=True)
+    for i, (grouped, alone) in enumerate(both):
+        if i == len(layers.weights):
+            torch.testing.assert_close(grouped, alone)
+        else:
+            assert_exact(grouped, alone)
+
+
+def test_group_of_different_ranks_and_bases() -> None:
+    layers = Layers.make(9, (96, 64), 128, 4, 0.0, torch.float32, "nf4", "cpu")
+    layers.weights[1] = ops.nf4_dequantize(layers.weights[1])  # type: ignore[arg-type]
+    layers.a[1] = torch.randn(11, 128).div_(128**0.5).requires_grad_()
+    layers.b[1] = torch.randn(64, 11).requires_grad_()
+    layers.check(layers.together)
+
+
+def test_group_with_an_output_that_nobody_reads(device: str) -> None:
+    layers = Layers.make(9, (96, 64), 128, 4, 0.0, torch.float32, "nf4", device)
+    first, _ = layers.together()
+    grads = torch.autograd.grad(first, [layers.x, layers.a[1], layers.b[1]], layers.dys[0])
+    assert not grads[1].any() and not grads[2].any() and grads[0].any()
+
+
+def test_only_what_is_asked_for_has_a_gradient(device: str) -> None:
+    layers = Layers.make(9, (96, 64), 128, 4, 0.3, torch.float32, "nf4", device)
+    everything = layers.outputs_and_gradients(layers.together)[2:]
+    for i, leaf in enumerate(layers.leaves):
+        for other in layers.leaves:
+            other.requires_grad_(other is leaf)
+        torch.manual_seed(7)
+        (grad,) = torch.autograd.grad(layers.together(), leaf, layers.dys)
+        assert_exact(grad, everything[i])
 
 
 def test_gradient_against_finite_differences() -> None:
@@ -88,6 +185,16 @@ def test_nothing_but_x_and_its_projection_is_kept() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
         ops.lora_linear(x, w, a, b, 1.0, dropout=0.5)
     assert [tuple(t.shape) for t in saved if t.numel() >= x.numel()] == [(64, 128)]
+
+
+@pytest.mark.gpu
+def test_nothing_is_kept_without_gradients() -> None:
+    layers = Layers.make(300, (96, 64), 128, 4, 0.3, torch.bfloat16, "nf4", "cuda")
+    with torch.no_grad():
+        layers.together()
+        before = torch.cuda.memory_allocated()
+        ys = layers.together()
+        assert torch.cuda.memory_allocated() - before <= sum(y.nbytes + 512 for y in ys)
 
 
 def test_checkpointing_draws_the_same_mask(device: str) -> None:
@@ -190,15 +297,30 @@ def test_dropout_is_the_same_on_both_devices(dtype: torch.dtype, shape: tuple[in
 
 # --- the framework's view ---
 def test_opcheck(device: str) -> None:
-    x, a, b = (torch.randn(*s, device=device) for s in ((4, 64), (2, 64), (8, 2)))
-    w = ops.nf4_quantize(torch.randn(8, 64, device=device))
-    base = (*w.operands, 8, 64)
-    seed = torch.tensor(3)
+    layers = Layers.make(4, (8, 16), 64, 3, 0.5, torch.float32, "nf4", device)
+    x, a, b = layers.x.detach(), [t.detach() for t in layers.a], [t.detach() for t in layers.b]
+    bases = [*layers.weights[0].operands[:-1], ops.nf4_dequantize(layers.weights[1]), *[None] * 4]  # type: ignore[union-attr, arg-type]
+    rest = (bases, [64, 0], [8, 16], 64, a, b, [2.0, 3.0], 0.5, torch.tensor(3))
     library = torch.ops.fastpeft
-    torch.library.opcheck(library.dropout.default, (x, 0.5, seed))
-    torch.library.opcheck(library.lora_linear.default, (x, *base, a, b, 2.0, None, 0.5, seed))
-    y, xa = library.lora_linear(x, *base, a, b, 2.0, None, 0.5, seed)
-    torch.library.opcheck(library.lora_linear_backward.default, (y, x, xa, *base, a, b, 2.0, 0.5, seed, True, True))
+    torch.library.opcheck(library.dropout.default, (x, 0.5, torch.tensor(3)))
+    torch.library.opcheck(library.lora_linear.default, (x, *rest, [None, layers.biases[1]]))
+    *ys, xa = library.lora_linear(x, *rest, [None, layers.biases[1]])
+    torch.library.opcheck(library.lora_linear_backward.default, (ys, x, xa, *rest, True, True))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_compiles_without_a_graph_break(dropout: float, device: str) -> None:
+    layers = Layers.make(5, (32, 16), 64, 3, dropout, torch.float32, "nf4", device)
+    compiled = torch.compile(layers.together, fullgraph=True, backend="aot_eager")
+    both = zip(*(layers.outputs_and_gradients(run) for run in (compiled, layers.together)), strict=True)
+    for value, reference in both:
+        torch.testing.assert_close(value, reference)
+    single = torch.compile(
+        lambda: [ops.lora_linear(layers.x, layers.weights[0], layers.a[0], layers.b[0], 2.0, None, dropout)],
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    torch.autograd.grad(single(), (layers.x, layers.a[0]), layers.dys[:1])
 
 
 def test_errors_name_the_function_and_the_way_out() -> None:
@@ -206,6 +328,10 @@ def test_errors_name_the_function_and_the_way_out() -> None:
     a, b = torch.randn(2, 64), torch.randn(8, 2)
     with pytest.raises(ValueError, match=r"lora_linear: a has shape \(2, 64\) and b \(8, 3\); .* needs \(r, 64\)"):
         ops.lora_linear(x, w, a, torch.randn(8, 3), 1.0)
+    with pytest.raises(ValueError, match=r"lora_linear_group: a has shape \(2, 64\) and b \(9, 2\)"):
+        ops.lora_linear_group(x, [w, w], [a, a], [b, torch.randn(9, 2)], [1.0, 1.0])
+    with pytest.raises(ValueError, match=r"lora_linear_group: got 2 weights, 1 a, 2 b, 2 scales and 2 biases"):
+        ops.lora_linear_group(x, [w, w], [a], [b, b], [1.0, 1.0])
     with pytest.raises(ValueError, match=r"lora_linear: dropout is 1.0; it must be at least 0 and below 1"):
         ops.lora_linear(x, w, a, b, 1.0, dropout=1.0)
     with pytest.raises(ValueError, match=r"lora_linear: x has shape \(4, 63\)"):
