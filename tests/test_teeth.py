@@ -69,6 +69,16 @@ def draw_another_mask_in_backward(patch: Patch) -> None:
     patch.setattr(lora, "_dropped", broken)
 
 
+def project_by_the_first_layer(patch: Patch) -> None:
+    original = lora._compose_backward
+
+    def broken(dys: Any, x: torch.Tensor, xa: torch.Tensor, group: Any, *wanted: bool) -> Any:
+        rank, count = group.padded_ranks[0], len(group.members)
+        return original(dys, x, xa[:, :rank].repeat(1, count), group, *wanted)
+
+    patch.setattr(lora, "_compose_backward", broken)
+
+
 def forget_the_first_chunk(patch: Patch) -> None:
     original = linear_loss._add_product
     patch.setattr(linear_loss, "_add_product", lambda to, a, b, first: original(to, a, b, first=True))
@@ -107,6 +117,7 @@ LINEAR = running("ops.test_nf4", "test_linear_forward_and_backward", torch.float
 BY_HAND = running("ops.test_nf4", "test_a_block_worked_out_by_hand")
 BITS = running("ops.test_nf4", "test_bits_equal_bitsandbytes", torch.float32, 64, True, "cpu")
 LORA = running("ops.test_lora", "test_forward_and_backward", torch.float32, 16, 0.3, "nf4", "cpu")
+GROUP = running("ops.test_lora", "test_group", torch.float32, 16, 0.3, "nf4", "cpu")
 NORM = running("ops.test_rms_norm", "test_forward_and_backward", torch.float32, (3, 40), "gemma", True, "cpu")
 ROTARY = running("ops.test_rope", "test_forward_and_backward", torch.float32, (1, 4, 2, 5, 24, 16), True, "view", "cpu")
 GATED = running("ops.test_glu", "test_forward_and_backward", torch.float32, "geglu-none", (3, 40), "cpu")
@@ -125,6 +136,7 @@ CASES: dict[str, tuple[Callable[[Patch], None], Run]] = {
     "descent for ascent": (change_an_adamw_option(maximize=True), STEPS),
     "no base gradient": (forget_the_base_gradient, LORA),
     "another mask in backward": (draw_another_mask_in_backward, LORA),
+    "one layer's projection for all": (project_by_the_first_layer, GROUP),
     "chunks that do not add up": (forget_the_first_chunk, CHUNKS),
     "a sum for a mean": (forget_the_divisor, LOSS),
     "no label smoothing": (change_a_loss_option(label_smoothing=0.0), LOSS),

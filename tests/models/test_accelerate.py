@@ -12,6 +12,7 @@ from tolerances import assert_exact, assert_ratio
 from torch import Tensor, nn
 
 import fastpeft
+import fastpeft.models.fused as forwards
 from fastpeft.errors import UserError
 from fastpeft.methods import LoraConfig, get_peft_model
 from fastpeft.models import Left, Report, quantize, report
@@ -104,6 +105,39 @@ def test_adapters_before_or_after(quantized: bool) -> None:
     assert grads.keys() == other_grads.keys() == plain_grads.keys()
     assert_exact(loss, other_loss)
     assert_exact(joined(grads), joined(other_grads))
+    assert torch.allclose(joined(grads), joined(plain_grads), rtol=1e-4, atol=1e-6)
+    assert torch.allclose(loss, plain_loss)
+
+
+def unlike(model: nn.Module) -> None:
+    """Layers that do not go with their neighbours: another dropout, two adapters, none, a hook."""
+    first, second = (module for name, module in model.named_modules() if name.endswith("self_attn"))
+    first.q_proj.lora_dropout["default"] = 1e-9  # in a mask of 15 bits: none
+    second.k_proj.adapters_disabled = True
+    first, second = (module for name, module in model.named_modules() if name.endswith("mlp"))
+    first.gate_proj.add_adapter("second", 2, 4, init_lora_weights=False)
+    first.gate_proj.active_adapters = ["default", "second"]
+    second.up_proj.register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize("alike", [True, False], ids=["alike", "unlike"])
+def test_layers_of_one_input_go_together_where_they_can(
+    alike: bool, quantized: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama")
+    if quantized:
+        quantize(model)
+    plain = lora(model)
+    if not alike:
+        unlike(plain)
+    fused = fastpeft.accelerate(copy.deepcopy(plain))
+    groups: list[int] = []
+    original = forwards.together
+    monkeypatch.setattr(forwards, "together", lambda products, x: groups.append(len(products)) or original(products, x))  # type: ignore[func-returns-value]
+    (loss, grads), (plain_loss, plain_grads) = (gradients(m, batch()) for m in (fused, plain))
+    assert groups == ([3, 2] * _LAYERS if alike else [])
+    assert grads.keys() == plain_grads.keys()
     assert torch.allclose(joined(grads), joined(plain_grads), rtol=1e-4, atol=1e-6)
     assert torch.allclose(loss, plain_loss)
 

@@ -70,14 +70,15 @@ class Layers:
         return out
 
     def outputs_and_gradients(self, run: Callable[[], list[Tensor]]) -> list[Tensor]:
-        torch.manual_seed(7)
+        """Under one seed, of the CPU alone: that of CUDA cannot be set while a graph is captured."""
+        torch.default_generator.manual_seed(7)
         ys = run()
         return [*ys, *torch.autograd.grad(ys, self.leaves, self.dys)]
 
     def plain(self, dtype: torch.dtype) -> list[Tensor]:
         """In the framework's products, with the mask that the dropout op has for the same seed."""
         mask = torch.ones_like(self.x, dtype=torch.float32)
-        torch.manual_seed(7)
+        torch.default_generator.manual_seed(7)
         mask = (drop(mask, self.dropout, new_seed()) if self.dropout else mask).to(dtype)
         count = len(self.weights)
         x, *factors = (leaf.detach().to(dtype).requires_grad_() for leaf in self.leaves)
