@@ -1,8 +1,10 @@
-"""One LoRA linear over a frozen NF4 base, forward and backward: the layer that fine-tuning spends its time in.
+"""LoRA linears over frozen NF4 bases, forward and backward: the layers that fine-tuning spends its time in.
+
+``lora`` is one of them, ``lora_group`` those that share an x: q, k and v, or gate and up.
 
 fastpeft trains fp32 adapters. ``dense`` and ``bnb`` are the frozen base alone (forward and gradient by the input),
-the floor of what an adapter can cost; ``peft`` has its adapters cast to bf16, ``peft-fp32`` runs fp32 adapters under
-bf16 autocast.
+the floor of what an adapter can cost, and of a group one wide product; ``peft`` has its adapters cast to bf16,
+``peft-fp32`` runs fp32 adapters under bf16 autocast.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ from bench import reference
 from bench.case import Calls, Case, Check, Inputs, Suite, Trial, Work
 from bench.peers import bnb, dense, peft
 from bench.timing import forward_backward
-from fastpeft.ops import lora_linear, nf4_quantize
+from fastpeft.ops import lora_linear, lora_linear_group, nf4_quantize
 
 _SHAPES = {"cuda": ((4096, 4096), (14336, 4096), (4096, 14336)), "cpu": ((256, 512),)}
+_GROUPS = {"cuda": (((4096, 1024, 1024), 4096), ((14336, 14336), 4096)), "cpu": (((256, 128), 512),)}
 _TOKENS = {"cuda": (2048, 8192), "cpu": (256,)}
 _RANKS = {"cuda": (16, 64), "cpu": (16,)}
 _DROPOUTS = (0.0, 0.05)
@@ -93,6 +96,76 @@ def _prepare(m: int, n: int, k: int, rank: int, dropout: float, inputs: Inputs) 
     )
 
 
+def _prepare_group(m: int, ns: tuple[int, ...], k: int, rank: int, dropout: float, inputs: Inputs) -> Trial:
+    n, count = sum(ns), len(ns)
+    io_bytes = 2 * 2 * m * (n + k)
+    sets = inputs.sets(n * k // 2 + io_bytes)
+    ws = [inputs.randn(n, k, scale=k**-0.5) for _ in range(sets)]
+    packed = [[nf4_quantize(part) for part in w.split(ns)] for w in ws]
+    decoded = [torch.cat([reference.nf4_decode(part).to(torch.bfloat16) for part in parts]) for parts in packed]
+    xs = [inputs.randn(m, k).requires_grad_() for _ in range(sets)]
+    dys = [[inputs.randn(m, width, scale=n**-0.5 * k**0.5) for width in ns] for _ in range(sets)]
+    a = [inputs.randn(rank, k, dtype=torch.float32, scale=k**-0.5).requires_grad_() for _ in ns]
+    b = [inputs.randn(width, rank, dtype=torch.float32, scale=rank**-0.5).requires_grad_() for width in ns]
+    wide = [torch.cat(parts, 1) for parts in dys]
+
+    def ours(x: Tensor, index: int) -> list[Tensor]:
+        ys = lora_linear_group(x, packed[index], a, b, [_SCALE] * count, dropout=dropout)
+        return [*ys, *torch.autograd.grad(ys, [x, *a, *b], dys[index])]
+
+    def peft_step(adapter_dtype: torch.dtype) -> Calls:
+        layers = [
+            peft.lora_step(
+                xs,
+                [w.split(ns)[i] for w in ws],
+                [parts[i] for parts in dys],
+                a[i].detach().to(adapter_dtype),
+                b[i].detach().to(adapter_dtype),
+                _SCALE,
+                dropout,
+                autocast=adapter_dtype == torch.float32,
+            )
+            for i in range(count)
+        ]
+        calls = [partial(_joined, steps) for steps in zip(*(layer.calls for layer in layers), strict=True)]
+        return replace(layers[0], calls=calls)
+
+    def pairs() -> list[tuple[Tensor, Tensor]]:
+        each = [
+            _reference(xs[0], w, dy, down, up)
+            for w, dy, down, up in zip(decoded[0].split(ns), dys[0], a, b, strict=True)
+        ]
+        ys, dxs, das, dbs = zip(*each, strict=True)
+        whole, share = (torch.stack(part).sum(0) for part in zip(*dxs, strict=True))
+        return [*ys, (whole, share), *das, *dbs]
+
+    frozen = _check(lambda: _reference(xs[0], decoded[0], wide[0], a[0], b[0], adapter=False), dropout=0.0)
+    return Trial(
+        ours=Calls([partial(ours, x, index) for index, x in enumerate(xs)]),
+        peers={
+            "dense": lambda: replace(dense.frozen_step(xs, decoded, wide), check=frozen, note="frozen base alone"),
+            "bnb": lambda: replace(bnb.frozen_step(xs, ws, wide), check=frozen, note="frozen base alone"),
+            "peft": lambda: peft_step(torch.bfloat16),
+            "peft-fp32": lambda: peft_step(torch.float32),
+        },
+        work=Work(
+            bytes=sum(part.nbytes for part in packed[0]) + io_bytes + 2 * 4 * rank * (n + count * k),
+            flops=4 * m * n * k + 6 * m * rank * (n + count * k),
+            memory="copy",
+        ),
+        check=_check(pairs, dropout),
+    )
+
+
+def _joined(steps: Sequence[Callable[[], list[Tensor]]]) -> list[Tensor]:
+    """Layers of one x, one after another: all outputs, the sum of the gradients by x, and the others."""
+    ys, dxs, das, dbs = zip(*(step() for step in steps), strict=True)
+    dx = dxs[0]
+    for other in dxs[1:]:
+        dx = dx + other
+    return [*ys, dx, *das, *dbs]
+
+
 def _cases(device_type: str) -> list[Case]:
     return [
         Case(
@@ -106,12 +179,23 @@ def _cases(device_type: str) -> list[Case]:
         for m in _TOKENS[device_type]
         for rank in _RANKS[device_type]
         for dropout in _DROPOUTS
+    ] + [
+        Case(
+            "lora_group",
+            {"m": m, "n": "+".join(map(str, ns)), "k": k, "r": rank, "dropout": dropout},
+            torch.bfloat16,
+            partial(_prepare_group, m, ns, k, rank, dropout),
+        )
+        for ns, k in _GROUPS[device_type]
+        for m in _TOKENS[device_type][-1:]
+        for rank in _RANKS[device_type]
+        for dropout in _DROPOUTS
     ]
 
 
 SUITE = Suite(
     "lora",
-    "LoRA linear over an NF4 base, forward and backward (dense, bnb: the frozen base alone)",
+    "LoRA linears over NF4 bases, forward and backward (dense, bnb: the frozen base alone)",
     ("dense", "bnb", "peft", "peft-fp32"),
     _cases,
 )

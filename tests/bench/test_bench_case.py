@@ -43,7 +43,7 @@ def test_gpu_cases_cover_what_the_suites_promise() -> None:
             *(2**i for i in range(10, 14)),
         }
     lora = SUITES["lora"].select("cuda")
-    assert len(lora) == 3 * 2 * 2 * 2
+    assert [case.op for case in lora] == ["lora"] * 3 * 2 * 2 * 2 + ["lora_group"] * 2 * 2 * 2
     adamw = SUITES["adamw"].select("cuda")
     assert [case.sizes["tensors"] for case in adamw] == [1, 1, 1, 448]
 
