@@ -17,7 +17,7 @@ from bench.case import l2_bytes
 from fastpeft.ops import build_info
 
 ROOT = Path(__file__).resolve().parent.parent
-_PACKAGES = ("torch", "bitsandbytes", "peft", "transformers", "triton")
+_PACKAGES = ("torch", "bitsandbytes", "peft", "liger_kernel", "transformers", "triton")
 
 
 @dataclass(frozen=True)

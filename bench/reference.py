@@ -96,6 +96,18 @@ def nf4_decode(w: NF4Weight) -> Tensor:
     return _scale_blocks(values[: math.prod(w.shape)], absmax, w.block_size).view(w.shape)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Rows over their root mean square, times the weight."""
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of ``(b, heads, t, d)`` as products of complex numbers, real parts in the first half."""
+    half = x.shape[-1] // 2
+    turned = torch.complex(x[..., :half], x[..., half:]) * torch.complex(cos, sin)[:, None, :, :half]
+    return torch.cat((turned.real, turned.imag), -1)
+
+
 def relative_error(out: Tensor, ref: Tensor) -> float:
     """``|out - ref| / |ref|`` in float64; infinite when the shapes differ."""
     if out.shape != ref.shape:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastpeft.ops import cross_entropy, lora, nf4
+from fastpeft.ops import cross_entropy, lora, native, nf4
 from fastpeft.optim import adamw
 
 Patch = pytest.MonkeyPatch
@@ -86,10 +86,30 @@ def change_a_loss_option(**changed: Any) -> Callable[[Patch], None]:
     return sabotage
 
 
+def change_an_argument(function: str, index: int, change: Callable[[Any], Any]) -> Callable[[Patch], None]:
+    """One argument of a native call, by its place behind the tensor that says where."""
+
+    def sabotage(patch: Patch) -> None:
+        original = native.call
+
+        def broken(called: str, where: torch.Tensor, *arguments: Any) -> None:
+            changed = list(arguments)
+            if called == function:
+                changed[index] = change(changed[index])
+            original(called, where, *changed)
+
+        patch.setattr(native, "call", broken)
+
+    return sabotage
+
+
 LINEAR = running("ops.test_nf4", "test_linear_forward_and_backward", torch.float32, 7, (100, 96), 64, "cpu")
 BY_HAND = running("ops.test_nf4", "test_a_block_worked_out_by_hand")
 BITS = running("ops.test_nf4", "test_bits_equal_bitsandbytes", torch.float32, 64, True, "cpu")
 LORA = running("ops.test_lora", "test_forward_and_backward", torch.float32, 16, 0.3, "nf4", "cpu")
+NORM = running("ops.test_rms_norm", "test_forward_and_backward", torch.float32, (3, 40), "gemma", True, "cpu")
+ROTARY = running("ops.test_rope", "test_forward_and_backward", torch.float32, (1, 4, 2, 5, 24, 16), True, "view", "cpu")
+GATED = running("ops.test_glu", "test_forward_and_backward", torch.float32, "geglu-none", (3, 40), "cpu")
 STEPS = running("optim.test_adamw", "test_a_thousand_steps_follow_torch", False, "cpu")
 BY_HAND_LOSS = running("ops.test_cross_entropy", "test_a_row_worked_out_by_hand", "cpu")
 LOSS = running("ops.test_cross_entropy", "test_loss_and_gradients", torch.bfloat16, "t37-k64-v96", "mean", "all", "cpu")
@@ -110,6 +130,12 @@ CASES: dict[str, tuple[Callable[[Patch], None], Run]] = {
     "no label smoothing": (change_a_loss_option(label_smoothing=0.0), LOSS),
     "no softcap": (change_a_loss_option(softcap=0.0), LOSS),
     "ignored tokens that count": (change_a_loss_option(ignore_index=0), BY_HAND_LOSS),
+    "no gradient past the norm": (change_an_argument("rms_norm_backward", 8, lambda dh: 0), NORM),
+    "no offset of the norm's weight": (change_an_argument("rms_norm", 4, lambda offset: 0.0), NORM),
+    "no eps in the norm": (change_an_argument("rms_norm", 11, lambda eps: 0.0), NORM),
+    "turning on in backward": (change_an_argument("rope", -1, lambda backward: False), ROTARY),
+    "the other approximation of GELU": (change_an_argument("glu", 3, lambda kind: 1), GATED),
+    "the slope of another gate": (change_an_argument("glu_backward", 3, lambda kind: 0), GATED),
 }
 
 

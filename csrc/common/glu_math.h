@@ -12,18 +12,30 @@ struct Activation {
   Real value, slope;
 };
 
-// Value and slope of the activation. Math gives sigmoid, exp and erf of a Real.
+template <typename Real>
+struct Sigmoid {
+  Real value, complement;  // complement = 1 - value, without the digits that the subtraction would cancel
+};
+
+template <typename Math, typename Real>
+FASTPEFT_THIS_SIDE Sigmoid<Real> sigmoid(Real x) {
+  const Real e = Math::exp(x < 0 ? x : -x);  // never overflows
+  const Real large = Math::reciprocal(1 + e), small = e * large;
+  return x < 0 ? Sigmoid<Real>{small, large} : Sigmoid<Real>{large, small};
+}
+
+// Value and slope of the activation. Math gives exp, reciprocal and erf of a Real.
 template <GluKind kKind, typename Math, typename Real>
 FASTPEFT_THIS_SIDE Activation<Real> activation(Real x) {
   if constexpr (kKind == GluKind::kSilu) {
-    const Real s = Math::sigmoid(x);
-    return {x * s, s * (1 + x * (1 - s))};
+    const auto s = sigmoid<Math>(x);
+    return {x * s.value, s.value * (1 + x * s.complement)};
   } else if constexpr (kKind == GluKind::kGeluTanh) {
     // (1 + tanh(u)) / 2 is sigmoid(2 u), here with u = sqrt(2 / pi) * (x + 0.044715 x^3); no digits cancel.
     constexpr Real kRoot = Real(1.5957691216057308), kCubic = Real(0.044715);  // 2 sqrt(2 / pi)
     const Real square = x * x;
-    const Real s = Math::sigmoid(kRoot * x * (1 + kCubic * square));
-    return {x * s, s + x * s * (1 - s) * kRoot * (1 + 3 * kCubic * square)};
+    const auto s = sigmoid<Math>(kRoot * x * (1 + kCubic * square));
+    return {x * s.value, s.value + x * s.value * s.complement * kRoot * (1 + 3 * kCubic * square)};
   } else {
     constexpr Real kRootHalf = Real(0.7071067811865476), kDensity = Real(0.3989422804014327);  // 1 / sqrt(2 pi)
     const Real s = Real(0.5) * (1 + Math::erf(x * kRootHalf));

@@ -13,12 +13,12 @@ namespace {
 
 struct HostMath {
   template <typename Real>
-  static Real sigmoid(Real x) {
-    return 1 / (1 + std::exp(-x));
-  }
-  template <typename Real>
   static Real exp(Real x) {
     return std::exp(x);
+  }
+  template <typename Real>
+  static Real reciprocal(Real x) {
+    return 1 / x;
   }
   template <typename Real>
   static Real erf(Real x) {

@@ -43,9 +43,9 @@ void forward_row(const RmsNormArgs& args, int64_t row) {
     for (int64_t i = 0; i < width; ++i) h[i] = from_compute<T>(to_float(x[i]) + to_float(residual[i]));
     x = h;
   }
-  Compute sum = 0;
+  double sum = 0;  // one after the other, long rows would lose digits in float32
   for (int64_t i = 0; i < width; ++i) sum += to_float(x[i]) * to_float(x[i]);
-  const Compute rstd = 1 / std::sqrt(sum / static_cast<Compute>(width) + static_cast<Compute>(args.eps));
+  const Compute rstd = static_cast<Compute>(1 / std::sqrt(sum / static_cast<double>(width) + args.eps));
   static_cast<Compute*>(args.rstd)[row] = rstd;
   const Compute offset = static_cast<Compute>(args.shape.offset);
   for (int64_t i = 0; i < width; ++i) {
@@ -67,9 +67,9 @@ void backward_row(const RmsNormBackwardArgs& args, int64_t row, ComputeType<T>* 
   const Compute rstd = static_cast<const Compute*>(args.rstd)[row];
   const Compute offset = static_cast<Compute>(args.shape.offset);
   const auto scaled = [&](int64_t i) { return to_float(dy[i]) * (static_cast<Compute>(to_float(weight[i])) + offset); };
-  Compute sum = 0;
+  double sum = 0;
   for (int64_t i = 0; i < width; ++i) sum += scaled(i) * (to_float(h[i]) * rstd);
-  const Compute mean = sum / static_cast<Compute>(width);
+  const Compute mean = static_cast<Compute>(sum / static_cast<double>(width));
   for (int64_t i = 0; i < width; ++i) {
     const Compute n = to_float(h[i]) * rstd;
     if (dweight != nullptr) dweight[i] += to_float(dy[i]) * (args.shape.cast_first ? rounded<T>(n) : n);

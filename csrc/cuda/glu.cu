@@ -1,8 +1,8 @@
 // Gated activations on CUDA, forward and backward: every tensor is read and written once.
 //
-// Plan     A thread owns two packs of 16 bytes of a row, loaded before either is used. Where all rows lie without gaps,
-//          the whole tensor is one row. The 16-bit types take the fast exponential and division, whose error their
-//          rounding hides; float32 takes the exact ones.
+// Plan     A thread owns 16 bytes of each tensor; 32 registers are enough for it, so that an SM has 2048 threads and
+//          their loads under way. Where all rows lie without gaps, the whole tensor is one row. The 16-bit types take
+//          the fast exponential and reciprocal, whose error their rounding hides; float32 takes the exact ones.
 // Limits   Packs need widths, strides and pointers on the 16-byte grid; the same kernel with packs of one element takes
 //          the rest.
 #include "fastpeft/glu.h"
@@ -20,107 +20,85 @@
 namespace fastpeft::cuda {
 namespace {
 
-constexpr int kPacks = 2;  // of a thread
-constexpr int kMostThreads = 256;
-// Resident blocks that the registers must allow: told so, the compiler puts all loads first.
-constexpr int kForwardBlocks = 4, kBackwardBlocks = 3;
+constexpr int kThreads = 256;
 
 template <bool kExact>
 struct DeviceMath {
-  __device__ static float sigmoid(float x) {
-    return kExact ? 1.0f / (1.0f + expf(-x)) : __fdividef(1.0f, 1.0f + __expf(-x));
-  }
   __device__ static float exp(float x) { return kExact ? expf(x) : __expf(x); }
+  __device__ static float reciprocal(float x) { return kExact ? 1.0f / x : __fdividef(1.0f, x); }
   __device__ static float erf(float x) { return erff(x); }
 };
 
 // --- kernels ---------------------------------------------------------------------------------------------------------
 
-// The row of a block, and the first elements of its threads' packs.
-template <int kN>
+// The row of a block, and the first element of a thread's pack.
 struct Place {
-  int64_t row, columns[kPacks];
+  int64_t row, column;
+  bool inside;
 
-  __device__ explicit Place(unsigned blocks_per_row) {
+  __device__ Place(unsigned blocks_per_row, int each, int64_t width) {
     row = blockIdx.x / blocks_per_row;
-    const int64_t block_column = static_cast<int64_t>(blockIdx.x % blocks_per_row) * kPacks * blockDim.x;
-#pragma unroll
-    for (int i = 0; i < kPacks; ++i) columns[i] = (block_column + i * blockDim.x + threadIdx.x) * kN;
+    column = (static_cast<int64_t>(blockIdx.x % blocks_per_row) * blockDim.x + threadIdx.x) * each;
+    inside = column < width;
   }
 };
 
 template <typename T, int kN>
-__device__ void load_row(Pack<T, kN> (&packs)[kPacks], const Place<kN>& place, const void* from, int64_t stride,
-                         int64_t width) {
-  const T* row = static_cast<const T*>(from) + place.row * stride;
-#pragma unroll
-  for (int i = 0; i < kPacks; ++i) {
-    if constexpr (kN == 1) {
-      packs[i].values[0] = place.columns[i] < width ? row[place.columns[i]] : T{};
-    } else {
-      packs[i] = load_pack_once_if<T, kN>(place.columns[i] < width, row + place.columns[i]);
-    }
+__device__ Pack<T, kN> load(const Place& place, const void* from, int64_t stride) {
+  const T* here = static_cast<const T*>(from) + place.row * stride + place.column;
+  if constexpr (kN == 1) {
+    return {place.inside ? *here : T{}};
+  } else {
+    return load_pack_once_if<T, kN>(place.inside, here);
   }
 }
 
 template <typename T, int kN>
-__device__ void store_row(const Pack<T, kN> (&packs)[kPacks], const Place<kN>& place, void* to, int64_t stride,
-                          int64_t width) {
-  T* row = static_cast<T*>(to) + place.row * stride;
-#pragma unroll
-  for (int i = 0; i < kPacks; ++i) {
-    if constexpr (kN == 1) {
-      if (place.columns[i] < width) row[place.columns[i]] = packs[i].values[0];
-    } else {
-      store_pack_if(place.columns[i] < width, row + place.columns[i], packs[i]);
-    }
+__device__ void store(const Place& place, void* to, int64_t stride, const Pack<T, kN>& pack) {
+  T* here = static_cast<T*>(to) + place.row * stride + place.column;
+  if constexpr (kN > 1) {
+    store_pack_if(place.inside, here, pack);
+  } else if (place.inside) {
+    *here = pack.values[0];
   }
 }
 
 template <typename T, GluKind kKind, int kN>
-__global__ void __launch_bounds__(kMostThreads, kForwardBlocks)
+__global__ void __launch_bounds__(kThreads)
     forward_kernel(const __grid_constant__ GluArgs args, unsigned blocks_per_row) {
   let_next_kernel_start();
   wait_for_kernel_before();
-  const Place<kN> place(blocks_per_row);
-  const int64_t width = args.shape.width;
-  Pack<T, kN> gate[kPacks], up[kPacks];
-  load_row<T, kN>(gate, place, args.gate, args.gate_stride, width);
-  load_row<T, kN>(up, place, args.up, args.up_stride, width);
+  const Place place(blocks_per_row, kN, args.shape.width);
+  const auto gate = load<T, kN>(place, args.gate, args.gate_stride);
+  const auto up = load<T, kN>(place, args.up, args.up_stride);
+  Pack<T, kN> out;
 #pragma unroll
-  for (int i = 0; i < kPacks; ++i) {
-#pragma unroll
-    for (int j = 0; j < kN; ++j) {
-      const auto act = activation<kKind, DeviceMath<std::is_same_v<T, float>>>(to_float(gate[i].values[j]));
-      up[i].values[j] = from_float<T>(act.value * to_float(up[i].values[j]));
-    }
+  for (int j = 0; j < kN; ++j) {
+    const auto act = activation<kKind, DeviceMath<std::is_same_v<T, float>>>(to_float(gate.values[j]));
+    out.values[j] = from_float<T>(act.value * to_float(up.values[j]));
   }
-  store_row<T, kN>(up, place, args.out, args.out_stride, width);
+  store(place, args.out, args.out_stride, out);
 }
 
 template <typename T, GluKind kKind, int kN>
-__global__ void __launch_bounds__(kMostThreads, kBackwardBlocks)
+__global__ void __launch_bounds__(kThreads)
     backward_kernel(const __grid_constant__ GluBackwardArgs args, unsigned blocks_per_row) {
   let_next_kernel_start();
   wait_for_kernel_before();
-  const Place<kN> place(blocks_per_row);
-  const int64_t width = args.shape.width;
-  Pack<T, kN> gate[kPacks], up[kPacks], dy[kPacks];
-  load_row<T, kN>(gate, place, args.gate, args.gate_stride, width);
-  load_row<T, kN>(up, place, args.up, args.up_stride, width);
-  load_row<T, kN>(dy, place, args.dy, args.dy_stride, width);
+  const Place place(blocks_per_row, kN, args.shape.width);
+  const auto gate = load<T, kN>(place, args.gate, args.gate_stride);
+  const auto up = load<T, kN>(place, args.up, args.up_stride);
+  const auto dy = load<T, kN>(place, args.dy, args.dy_stride);
+  Pack<T, kN> dgate, dup;
 #pragma unroll
-  for (int i = 0; i < kPacks; ++i) {
-#pragma unroll
-    for (int j = 0; j < kN; ++j) {
-      const auto act = activation<kKind, DeviceMath<std::is_same_v<T, float>>>(to_float(gate[i].values[j]));
-      const float g = to_float(dy[i].values[j]);
-      gate[i].values[j] = from_float<T>(g * to_float(up[i].values[j]) * act.slope);
-      up[i].values[j] = from_float<T>(g * act.value);
-    }
+  for (int j = 0; j < kN; ++j) {
+    const auto act = activation<kKind, DeviceMath<std::is_same_v<T, float>>>(to_float(gate.values[j]));
+    const float g = to_float(dy.values[j]);
+    dgate.values[j] = from_float<T>(g * to_float(up.values[j]) * act.slope);
+    dup.values[j] = from_float<T>(g * act.value);
   }
-  store_row<T, kN>(gate, place, args.dgate, args.dgate_stride, width);
-  store_row<T, kN>(up, place, args.dup, args.dup_stride, width);
+  store(place, args.dgate, args.dgate_stride, dgate);
+  store(place, args.dup, args.dup_stride, dup);
 }
 
 // --- launchers -------------------------------------------------------------------------------------------------------
@@ -143,12 +121,12 @@ void launch_rows(const char* function, void (*kernel)(Args, unsigned), const Arg
                  const Context& context) {
   const GluShape& shape = args.shape;
   const int64_t packs = ceil_div(shape.width, each);
-  const int64_t blocks_per_row = ceil_div(packs, int64_t{kPacks} * kMostThreads);
+  const int64_t blocks_per_row = ceil_div(packs, kThreads);
+  if (shape.rows * packs == 0) return;
   check(shape.rows * blocks_per_row <= INT32_MAX, function, ": ", shape.rows, " rows of ", shape.width,
         " elements are too many for one call");
-  if (shape.rows * packs == 0) return;
   // No more threads than a row's blocks need, so that few are idle in its last one.
-  const int64_t threads = ceil_div(ceil_div(packs, blocks_per_row * kPacks), 32) * 32;
+  const int64_t threads = ceil_div(ceil_div(packs, blocks_per_row), 32) * 32;
   launch([&] { return concat(function, " of ", shape.rows, " rows of ", shape.width); }, kernel,
          Grid{.blocks = static_cast<unsigned>(shape.rows * blocks_per_row),
               .threads = static_cast<unsigned>(threads),

@@ -16,8 +16,10 @@ def _heads_inside(x: Tensor) -> bool:
 
 
 def _like(x: Tensor, heads_inside: bool) -> Tensor:
+    """A dense tensor in either order; made with its strides, as a view could not be changed in place afterwards."""
     b, h, t, d = x.shape
-    return x.new_empty((b, t, h, d)).transpose(1, 2) if heads_inside else x.new_empty((b, h, t, d))
+    strides = (t * h * d, d, h * d, 1) if heads_inside else (h * t * d, t * d, d, 1)
+    return x.new_empty_strided((b, h, t, d), strides)
 
 
 def _last_contiguous(x: Tensor) -> Tensor:
@@ -33,8 +35,9 @@ def _rope(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_heads_inside: bool, k_heads_inside: bool, backward: bool
 ) -> tuple[Tensor, Tensor]:
     outs = _like(q, q_heads_inside), _like(k, k_heads_inside)
+    q, k = _last_contiguous(q), _last_contiguous(k)  # named, so that copies live until the call
     sides: list[Any] = []
-    for x, out in zip((_last_contiguous(q), _last_contiguous(k)), outs, strict=True):
+    for x, out in zip((q, k), outs, strict=True):
         sides += [x.data_ptr(), out.data_ptr(), x.shape[1], x.stride()[:3], out.stride()[:3]]
     cos, sin = _last_contiguous(cos), _last_contiguous(sin)
     native.call(
