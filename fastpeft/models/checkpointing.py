@@ -34,7 +34,7 @@ from fastpeft.models import fused
 from fastpeft.models.fused import CACHES, STRUCTURE, has_hooks, project
 from fastpeft.models.offload import Here, Kept, Shelf
 from fastpeft.models.plan import LayerPlan, Planner
-from fastpeft.models.replay import Seen, product_of
+from fastpeft.models.replay import Product, Seen, product_of
 from fastpeft.models.structure import MLP, Attention, Layer
 
 _DOWN, _OUT = "down_proj", "o_proj"
@@ -129,16 +129,16 @@ class _Work:
         self.kwargs = {name: value for name, value in kwargs.items() if name != _POSITIONS}
         self.positions = kwargs[_POSITIONS]
         self.attention, self.mlp = layer.self_attn, layer.mlp
-        # Where the down-projection's output is only added to the stream, its value makes no difference to a gradient.
-        self.tape = _Tape(plan.outputs, () if self.structure.after else (_DOWN,))
         first = [(self.attention, name) for name in self.own.projections]
         second = [(self.attention, _OUT), *((self.mlp, name) for name in (*self.gated.projections, _DOWN))]
         norms = [layer.input_layernorm, *(getattr(self.attention, name) for name in self.own.norms)]
         others = [getattr(layer, name) for name in (self.structure.before_mlp, *self.structure.after)]
-        known = [product_of(owner._modules[name]) is not None for owner, name in (*first, *second)]
-        self.repeats_random = layer.training and not all(known)
-        self.before = _trained(norms, first)
-        self.after = _trained(others, second)
+        products = {name: product_of(owner._modules[name]) for owner, name in (*first, *second)}
+        # Where the down-projection's output is only added to the stream, its value makes no difference to a gradient.
+        self.tape = _Tape(products, plan.outputs, () if self.structure.after else (_DOWN,))
+        self.repeats_random = layer.training and None in products.values()
+        self.before = _trained(norms, first, products)
+        self.after = _trained(others, second, products)
         self.parameters = (*self.before, *self.after)
         self.edge: GradientEdge | None = None
         self.out: Kept | None = None
@@ -257,15 +257,15 @@ class _Work:
 class _Tape:
     """Runs a layer's linear layers: the forward remembers what the backward replays."""
 
-    def __init__(self, keep: frozenset[str], unread: tuple[str, ...]) -> None:
-        self._keep, self._unread = keep, unread
+    def __init__(self, products: dict[str, Product | None], keep: frozenset[str], unread: tuple[str, ...]) -> None:
+        self._products, self._keep, self._unread = products, keep, unread
         self._seen: dict[str, Seen] = {}
         self.replaying = False
 
     def linear(self, owner: nn.Module, name: str, x: Tensor) -> Tensor:
         """Apply the linear layer that stands in ``owner`` under ``name``."""
-        product = product_of(owner._modules[name])
-        if product is None or (self.replaying and name not in self._seen):
+        product = self._products[name]
+        if product is None:
             y: Tensor = getattr(owner, name)(x)
         elif self.replaying:
             y = product.replay(x, self._seen.pop(name))
@@ -291,7 +291,8 @@ class _AttentionNode:
 
     def forget(self, sources: dict[str, Tensor], mask: Tensor | None) -> int:
         """Let go of saved tensors that are views of these; gives the bytes held besides them and the mask."""
-        places = {_place(tensor): name for name, tensor in sources.items()}
+        # The output may come back from host memory as a tensor of its own; a view of it must then mean the same.
+        places = {_place(tensor): name for name, tensor in sources.items() if name != "out" or _is_whole(tensor)}
         held = {} if mask is None else {_place(mask): 0}
         for box in self._boxes:
             assert box.tensor is not None
@@ -306,6 +307,10 @@ class _AttentionNode:
 
 def _place(tensor: Tensor) -> tuple[torch.device, int]:
     return tensor.device, tensor.untyped_storage().data_ptr()
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() and tensor.nbytes == tensor.untyped_storage().nbytes()
 
 
 class _Box:
@@ -381,11 +386,12 @@ def _with_random_state(state: tuple[Tensor, Tensor | None, torch.device] | None)
         yield
 
 
-def _trained(modules: Sequence[Any], sites: Sequence[tuple[Any, str]]) -> tuple[Tensor, ...]:
+def _trained(
+    modules: Sequence[Any], sites: Sequence[tuple[Any, str]], products: dict[str, Product | None]
+) -> tuple[Tensor, ...]:
     """Parameters with a gradient, each once."""
     found = [p for module in modules for p in module.parameters()]
     for owner, name in sites:
-        module = owner._modules[name]
-        product = product_of(module)
-        found += module.parameters() if product is None else product.parameters
+        product = products[name]
+        found += owner._modules[name].parameters() if product is None else product.parameters
     return tuple(dict.fromkeys(p for p in found if p.requires_grad))
