@@ -161,6 +161,10 @@ class Inputs:
         """Normal values of standard deviation ``scale``."""
         return torch.randn(shape, generator=self._generator, device=self.device, dtype=dtype).mul_(scale)
 
+    def integers(self, high: int, *shape: int) -> Tensor:
+        """Uniform int64 values from 0 to ``high - 1``."""
+        return torch.randint(0, high, shape, generator=self._generator, device=self.device)
+
     def sets(self, bytes_per_set: int) -> int:
         """How many input sets of this size a contender has to rotate through so that L2 serves none of them."""
         if self.device.type != "cuda":
@@ -183,6 +187,7 @@ class Case:
         dtype: of the inputs.
         prepare: makes the inputs and the contenders.
         quick: whether the two-minute subset has it.
+        show_memory: whether the row says what a call allocates.
     """
 
     op: str
@@ -190,6 +195,7 @@ class Case:
     dtype: torch.dtype
     prepare: Callable[[Inputs], Trial] = field(repr=False, compare=False)
     quick: bool = False
+    show_memory: bool = False
 
     @property
     def label(self) -> str:

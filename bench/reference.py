@@ -165,6 +165,27 @@ def _largest(errors: Iterable[float]) -> float:
     return math.nan if any(math.isnan(value) for value in values) else max(values)
 
 
+def head_loss(
+    hidden: Tensor, weight: Tensor, target: Tensor, grad: Tensor, rows: int = 1024
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses of a linear head in float64, and the gradients of their sum weighted by ``grad``; ``rows`` at a time.
+
+    Returns:
+        ``(tokens,)`` losses, and the gradients by ``hidden`` and ``weight``.
+    """
+    hidden, weight, grad = (tensor.detach().double() for tensor in (hidden, weight, grad))
+    losses, dhidden, dweight = [], [], torch.zeros_like(weight)
+    for h, t, g in zip(hidden.split(rows), target.split(rows), grad.split(rows), strict=True):
+        logprobs = (h @ weight.T).log_softmax(dim=1)
+        losses.append(-logprobs.gather(1, t[:, None])[:, 0])
+        dlogits = logprobs.exp_()
+        dlogits[torch.arange(len(t), device=t.device), t] -= 1
+        dlogits *= g[:, None]
+        dhidden.append(dlogits @ weight)
+        dweight += dlogits.T @ h
+    return torch.cat(losses), torch.cat(dhidden), dweight
+
+
 def adamw(
     start: Tensor, grads: Sequence[Tensor], lr: float, betas: tuple[float, float], eps: float, decay: float
 ) -> Tensor:

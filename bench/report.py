@@ -25,7 +25,9 @@ def format_row(row: Row, roofs: Roofs) -> str:
         mark = {"wrong": "WRONG", "failed": "FAILED"}[row.ours.status]
         parts.append(f"{mark}: {_shorten(row.ours.detail)}")
     else:
-        parts.append(format_times(times) + (" eager" if row.ours.mode == "eager" else ""))
+        parts.append(
+            format_times(times) + (" eager" if row.ours.mode == "eager" else "") + _format_memory(row.ours, row)
+        )
         reached = attained(row.work, times.median, roofs)
         unit = "FLOP/s" if reached.roof == "matmul" else "B/s"
         parts.append(f"{_si(reached.rate)}{unit} {reached.fraction:.0%} of {reached.roof} roof")
@@ -50,10 +52,17 @@ def format_ratio(ratio: float) -> str:
 def _format_peer(peer: Contender, row: Row) -> str:
     if peer.ratio is not None:
         mixed = peer.mode == "eager" and row.ours.mode == "graph"
-        return f"{peer.name} {format_ratio(peer.ratio)}" + (" (both eager)" if mixed else "")
+        timed = f"{peer.name} {format_ratio(peer.ratio)}" + (" (both eager)" if mixed else "")
+        return timed + _format_memory(peer, row)
     if peer.status == "not installed":
         return f"{peer.name} not installed"
     return f"{peer.name} {peer.status}: {_shorten(peer.detail)}"
+
+
+def _format_memory(contender: Contender, row: Row) -> str:
+    if not row.case.show_memory or contender.peak_bytes is None:
+        return ""
+    return f" +{_si(contender.peak_bytes)}B"
 
 
 def _shorten(text: str) -> str:

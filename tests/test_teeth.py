@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastpeft.ops import cross_entropy, lora, native, nf4
+from fastpeft.ops import cross_entropy, linear_loss, lora, native, nf4
 from fastpeft.optim import adamw
 
 Patch = pytest.MonkeyPatch
@@ -70,8 +70,8 @@ def draw_another_mask_in_backward(patch: Patch) -> None:
 
 
 def forget_the_first_chunk(patch: Patch) -> None:
-    original = cross_entropy._add_product
-    patch.setattr(cross_entropy, "_add_product", lambda to, a, b, first: original(to, a, b, first=True))
+    original = linear_loss._add_product
+    patch.setattr(linear_loss, "_add_product", lambda to, a, b, first: original(to, a, b, first=True))
 
 
 def forget_the_divisor(patch: Patch) -> None:

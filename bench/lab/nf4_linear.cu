@@ -110,16 +110,20 @@ struct Case {
   bool transposed;
 };
 // tokens 0: the plan's own choice; whole: nothing shared.
-tiles::Plan plan_of(const Case& c, int tokens = 0, int cluster = 1, bool whole = false) {
+tiles::Plan plan_of(const Case& c, int tokens = 0, int cluster = 1, bool whole = false, bool fragments = false) {
   const int out = c.transposed ? c.k : c.n, depth = c.transposed ? c.n : c.k, sms = device_limits().sms;
-  if (tokens == 0) return tiles::make_plan(c.m, out, depth, sms);
-  tiles::Plan plan = tiles::plan_for(c.m, out, depth, sms, tokens, cluster);
+  if (tokens == 0) return tiles::make_plan(c.m, out, depth, sms, !c.transposed);
+  tiles::Plan plan = tiles::plan_for(c.m, out, depth, sms, tokens, cluster, fragments);
   if (!whole) return tiles::choose_sharing(plan, 1000).plan;
   tiles::set_sharing(plan, tiles::ceil_divide(plan.strips * plan.columns, plan.seats), 0);
   return plan;
 }
 NF4LinearArgs args_of(const Case& c, const Weight& w, const void* x, const void* bias, void* y, DType dtype) {
   return {w.view, c.transposed, x, bias, y, dtype, c.m, c.n, c.k, g_workspace, 34 << 20, g_counters, true};
+}
+
+void product(const NF4LinearArgs& args, const tiles::Plan& plan, const Context& context) {
+  plan.fragments ? nf4_linear_fragments(args, plan, context) : nf4_linear_tiles(args, plan, context);
 }
 
 // --- check -----------------------------------------------------------------------------------------------------------
@@ -137,13 +141,13 @@ __global__ void plain_product(const T* x, const T* w, const T* bias, int m, int 
 }
 
 template <typename T>
-bool check_case(const Case& c, int tokens, int cluster, bool whole, int block_size, bool nested, bool with_bias,
-                DType dtype) {
+bool check_case(const Case& c, int tokens, int cluster, bool whole, bool fragments, int block_size, bool nested,
+                bool with_bias, DType dtype) {
   if (getenv("VERBOSE") != nullptr) {
-    const tiles::Plan p = plan_of(c, tokens, cluster, whole);
+    const tiles::Plan p = plan_of(c, tokens, cluster, whole, fragments);
     printf("m %d n %d k %d %s block %d nested %d bias %d dtype %d tokens %d x %d shared %d\n", c.m, c.n, c.k,
-           c.transposed ? "dx" : "fwd", block_size, nested, with_bias, static_cast<int>(dtype), p.tokens, p.cluster,
-           p.shared);
+           c.transposed ? "dx" : "fwd", block_size, nested, with_bias, static_cast<int>(dtype),
+           p.fragments ? -p.tokens : p.tokens, p.cluster, p.shared);
     fflush(stdout);
   }
   Weight w = make_weight(c.n, c.k, block_size, nested, 17 * c.n + c.k);
@@ -159,7 +163,7 @@ bool check_case(const Case& c, int tokens, int cluster, bool whole, int block_si
     std::vector<uint16_t> got(count + guard);
     CK(cudaMemset(y, 0xff, (count + guard) * 2));
     CK(cudaMemset(g_workspace, 0xff, 34 << 20));
-    nf4_linear_tiles(args_of(c, w, x, with_bias ? bias : nullptr, y, dtype), plan_of(c, tokens, cluster, whole), {});
+    product(args_of(c, w, x, with_bias ? bias : nullptr, y, dtype), plan_of(c, tokens, cluster, whole, fragments), {});
     CK(cudaDeviceSynchronize());
     CK(cudaMemcpy(got.data(), y, got.size() * 2, cudaMemcpyDeviceToHost));
     return got;
@@ -181,15 +185,17 @@ bool check_case(const Case& c, int tokens, int cluster, bool whole, int block_si
   std::vector<unsigned> counters(4096);
   CK(cudaMemcpy(counters.data(), g_counters, 16384, cudaMemcpyDeviceToHost));
   const bool clean = std::all_of(counters.begin(), counters.end(), [](unsigned v) { return v == 0; });
-  const bool ok = worst < (dtype == DType::kBFloat16 ? 4.1e-3 : 6e-4) && first == second && spilt == 0 && clean;
+  const double rounded_levels = fragments && tokens <= 64 ? 4.0 : 1.0;  // not the decoded weight: levels are rounded
+  const bool ok =
+      worst < rounded_levels * (dtype == DType::kBFloat16 ? 4.1e-3 : 6e-4) && first == second && spilt == 0 && clean;
   if (!ok) {
-    const tiles::Plan p = plan_of(c, tokens, cluster, whole);
+    const tiles::Plan p = plan_of(c, tokens, cluster, whole, fragments);
     printf(
         "FAIL m %d n %d k %d %s block %d %s %s tokens %d x %d shared %d: worst %.2e, moved %d, spilt %ld, counters "
         "%d\n",
         c.m, c.n, c.k, c.transposed ? "dx" : "fwd", block_size, nested ? "nested" : "plain",
-        dtype == DType::kBFloat16 ? "bf16" : "fp16", p.tokens, p.cluster, p.shared, worst, first != second, spilt,
-        !clean);
+        dtype == DType::kBFloat16 ? "bf16" : "fp16", p.fragments ? -p.tokens : p.tokens, p.cluster, p.shared, worst,
+        first != second, spilt, !clean);
   }
   release(w);
   for (void* p : {static_cast<void*>(x), static_cast<void*>(y), static_cast<void*>(bias), static_cast<void*>(want)}) {
@@ -206,14 +212,16 @@ int check(bool quick) {
     if (quick && int64_t{s[0]} * s[1] * s[2] > 1 << 23) continue;
     for (const bool transposed : {false, true}) {
       if (transposed && s[1] % 8 != 0) continue;
-      for (const auto [tokens, cluster, cycles] : tiles::kTiles) {
+      for (const auto [tokens, cluster, fragments, cycles] : tiles::kTiles) {
+        if (fragments && transposed) continue;
         for (const bool whole : {false, true}) {
           const Case c{s[0], s[1], s[2], transposed};
           const int block = cases % 5 == 1 ? 256 : 64;
           const bool nested = cases % 3 != 2, bias = !transposed && cases % 2 == 1;
-          bad += cases % 4 == 3
-                     ? !check_case<Float16>(c, tokens, cluster, whole, block, nested, bias, DType::kFloat16)
-                     : !check_case<BFloat16>(c, tokens, cluster, whole, block, nested, bias, DType::kBFloat16);
+          bad +=
+              cases % 4 == 3
+                  ? !check_case<Float16>(c, tokens, cluster, whole, fragments, block, nested, bias, DType::kFloat16)
+                  : !check_case<BFloat16>(c, tokens, cluster, whole, fragments, block, nested, bias, DType::kBFloat16);
           ++cases;
         }
       }
@@ -291,19 +299,19 @@ int time_all(const char* cublas_path, std::vector<int> ms, bool sweep) {
         std::vector<Contender> list;
         list.push_back({"cublas", [&](int i) { cublas(c, x, ws[i % dense_copies].decoded[1], y); }});
         const auto add = [&](const std::string& name, const tiles::Plan& p) {
-          list.push_back({name + std::to_string(p.tokens) + (p.cluster > 1 ? "x2" : "") +
-                              (p.shared ? "s" + std::to_string(p.shared) : ""),
-                          [&, p](int i) {
-                            nf4_linear_tiles(args_of(c, ws[i % copies], x, nullptr, y, DType::kBFloat16), p, context);
-                          }});
+          list.push_back(
+              {name + (p.fragments ? "f" : "") + std::to_string(p.tokens) + (p.cluster > 1 ? "x2" : "") +
+                   (p.shared ? "s" + std::to_string(p.shared) : ""),
+               [&, p](int i) { product(args_of(c, ws[i % copies], x, nullptr, y, DType::kBFloat16), p, context); }});
         };
         add("*", plan_of(c));
         if (sweep) {
-          for (const auto [tokens, cluster, cycles] : tiles::kTiles) {
+          for (const auto [tokens, cluster, fragments, cycles] : tiles::kTiles) {
+            if (fragments && transposed) continue;
             if (tokens < 256 && m > 2 * tokens * cluster) continue;
             if (tokens * cluster > 32 && tokens * cluster / 2 >= m) continue;
-            add("", plan_of(c, tokens, cluster, true));
-            const tiles::Plan shared = plan_of(c, tokens, cluster, false);
+            add("", plan_of(c, tokens, cluster, true, fragments));
+            const tiles::Plan shared = plan_of(c, tokens, cluster, false, fragments);
             if (shared.shared > 0) add("", shared);
           }
         }

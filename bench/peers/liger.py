@@ -43,3 +43,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
     out: Tensor = _function("geglu", "LigerGELUMulFunction").apply(gate, up)
     return out
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, reduction: str) -> Tensor:
+    """Loss of a linear head, by chunks of tokens, gradients made in forward."""
+    function = _function("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction")
+    # bias, class weights, ignore_index, z-loss, label smoothing, reduction
+    loss: Tensor = function.apply(hidden, weight, target, None, None, -100, 0.0, 0.0, reduction)[0]
+    return loss

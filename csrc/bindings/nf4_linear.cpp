@@ -13,7 +13,7 @@ void bind_nf4_linear(py::module_& m) {
       "nf4_linear_plan",
       [](int64_t rows, int64_t n, int64_t k, bool transposed, int64_t block_size, int dtype, bool aligned,
          int architecture, int sms, int smem_bytes, bool wgmma) {
-        static constexpr const char* kNames[] = {"dequantise", "decode", "tiles", "mma"};
+        static constexpr const char* kNames[] = {"dequantise", "decode", "fragments", "tiles", "mma"};
         const cuda::NF4LinearPlan plan =
             cuda::nf4_linear_plan({rows, n, k, transposed, block_size, static_cast<DType>(dtype), aligned, true},
                                   {architecture, sms, smem_bytes, wgmma});
@@ -23,9 +23,9 @@ void bind_nf4_linear(py::module_& m) {
       py::arg("aligned"), py::arg("architecture"), py::arg("sms"), py::arg("smem_bytes"), py::arg("wgmma"));
   m.def(
       "nf4_linear_tiles_items",
-      [](int rows, int out, int depth, int sms) {
+      [](int rows, int out, int depth, int sms, bool forward) {
         namespace tiles = cuda::nf4_tiles;
-        const tiles::Plan plan = tiles::make_plan(rows, out, depth, sms);
+        const tiles::Plan plan = tiles::make_plan(rows, out, depth, sms, forward);
         py::list items;
         tiles::Item item;
         for (int seat = 0; seat < tiles::grid(plan) / plan.cluster; ++seat) {
@@ -36,7 +36,7 @@ void bind_nf4_linear(py::module_& m) {
         }
         return py::make_tuple(plan.tokens, plan.cluster, plan.chunks, items);
       },
-      py::arg("m"), py::arg("out"), py::arg("depth"), py::arg("sms"));
+      py::arg("m"), py::arg("out"), py::arg("depth"), py::arg("sms"), py::arg("forward"));
   m.def(
       "nf4_linear",
       [](bool transposed, Address x, Address codes, Address absmax, Address nested_absmax, Address nested_map,

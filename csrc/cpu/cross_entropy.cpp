@@ -27,13 +27,13 @@ constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
 inline double exp_of(double x) { return std::exp(x); }
 
 // For x <= 0 (a little above by rounding), within 2 units in the last place; without a branch or a call, so that loops
-// of it are vectorised. x = n log 2 + r; exp(r) by its Taylor series; adding 1.5 * 2^23 rounds to an integer.
+// of it are vectorised. x = n log 2 + r; exp(r) by its Taylor series; adding 1.5 * 2^23 rounds to an integer. Below -87
+// it is 0, masked out because a comparison of floats counts as control flow; a NaN stays one.
 inline float exp_of(float x) {
   constexpr float kRound = 12582912.0f;
-  const float clamped = x < -87.0f ? -87.0f : x;  // a NaN stays one
-  const float shifted = clamped * 1.44269504f + kRound;
+  const float shifted = x * 1.44269504f + kRound;
   const float n = shifted - kRound;
-  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   float e = 1.0f / 5040.0f;
   e = e * r + 1.0f / 720.0f;
   e = e * r + 1.0f / 120.0f;
@@ -43,8 +43,9 @@ inline float exp_of(float x) {
   e = e * r + 1.0f;
   e = e * r + 1.0f;
   const uint32_t power = (std::bit_cast<uint32_t>(shifted) - std::bit_cast<uint32_t>(kRound) + 127) << 23;
-  const float result = e * std::bit_cast<float>(power);
-  return x < -87.0f ? 0.0f : result;
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  const uint32_t far_below = (bits >= 0xc2ae0000u) & (bits <= 0xff800000u);  // -87 to -inf
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(e * std::bit_cast<float>(power)) & (far_below - 1));
 }
 
 // --- rows ------------------------------------------------------------------------------------------------------------

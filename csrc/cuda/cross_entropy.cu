@@ -254,6 +254,7 @@ __device__ inline void loss_row(const Problem& p, const Outputs& out, int cluste
     if (threadIdx.x == 0) {
       barrier_init(shared_offset(&arrived), 1);
       barrier_init_fence();
+      fence_async_shared();
       barrier_arrive_expect(shared_offset(&arrived), count * 16);
       if (count > 0) bulk_load(shared_offset(held), part, count * 16, shared_offset(&arrived));
     }
@@ -283,6 +284,7 @@ __device__ inline void loss_row(const Problem& p, const Outputs& out, int cluste
     if (cluster > 1) {
       cluster_wait();  // all have started: their shared memory can be written
       if (threadIdx.x < cluster) store_remote(shared_of(threadIdx.x, shared_offset(&of_blocks[rank])), whole);
+      __syncwarp();
       cluster_arrive();
       cluster_wait();
       whole = of_blocks[0];

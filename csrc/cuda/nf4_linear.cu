@@ -64,6 +64,7 @@ void nf4_linear(const NF4LinearArgs& args, const Context& context) {
     case NF4LinearKernel::kDecode:
       return args.dtype == DType::kBFloat16 ? choose_scales<BFloat16>(args, plan, context)
                                             : choose_scales<Float16>(args, plan, context);
+    case NF4LinearKernel::kFragments: return nf4_linear_fragments(args, plan.tiles, context);
     case NF4LinearKernel::kTiles: return nf4_linear_tiles(args, plan.tiles, context);
     case NF4LinearKernel::kMma: return nf4_linear_mma(args, context);
     case NF4LinearKernel::kDequantise: break;

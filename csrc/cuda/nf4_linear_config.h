@@ -1,6 +1,7 @@
 // Which kernel takes an NF4 product, and with which tiles: a pure function of sizes and device, tested without a GPU.
 //
 //   decode      m <= 16 forward: bound by reading the weight; nf4_linear_decode_kernel.cuh
+//   fragments   Hopper, above that, forward: mostly up to 64 tokens; nf4_linear_fragments_kernel.cuh
 //   tiles       Hopper, above that and backward; nf4_linear_tiles_kernel.cuh
 //   mma         other GPUs since Ampere, and what has odd sizes or addresses; nf4_linear_mma_kernel.cuh
 //   dequantise  the caller decodes the weight into a workspace and multiplies with the framework: float32, and sizes
@@ -107,7 +108,7 @@ struct NF4LinearSizes {
   bool aligned_scales;  // the scales are of 8 bits and do so too
 };
 
-enum class NF4LinearKernel : int { kDequantise, kDecode, kTiles, kMma };
+enum class NF4LinearKernel : int { kDequantise, kDecode, kFragments, kTiles, kMma };
 
 struct NF4LinearPlan {
   NF4LinearKernel kernel = NF4LinearKernel::kDequantise;
@@ -156,13 +157,13 @@ inline NF4LinearPlan nf4_linear_plan(const NF4LinearSizes& s, const DeviceLimits
   }
   if (odd.empty() && s.transposed && s.n % 8 != 0) odd = concat("n is ", s.n, ", no multiple of 8");
   if (odd.empty() && device.wgmma && device.smem_bytes >= nf4_tiles::kSmemBytes) {
-    plan.kernel = NF4LinearKernel::kTiles;
-    plan.tiles = nf4_tiles::make_plan(m, s.transposed ? k : n, s.transposed ? n : k, device.sms);
+    plan.tiles = nf4_tiles::make_plan(m, s.transposed ? k : n, s.transposed ? n : k, device.sms, !s.transposed);
+    plan.kernel = plan.tiles.fragments ? NF4LinearKernel::kFragments : NF4LinearKernel::kTiles;
     plan.workspace_bytes = nf4_tiles::workspace_bytes(plan.tiles);
     plan.counters = nf4_tiles::counters(plan.tiles);
-    plan.reason = concat("tiles: ", nf4_tiles::kTileOut, " x ", plan.tiles.tokens, ", clusters of ", plan.tiles.cluster,
-                         ", ", nf4_tiles::grid(plan.tiles), " blocks, ", plan.tiles.whole_waves, " whole waves, ",
-                         plan.tiles.shared, " shared units");
+    plan.reason = concat(plan.tiles.fragments ? "fragments: " : "tiles: ", nf4_tiles::kTileOut, " x ",
+                         plan.tiles.tokens, ", clusters of ", plan.tiles.cluster, ", ", nf4_tiles::grid(plan.tiles),
+                         " blocks, ", plan.tiles.whole_waves, " whole waves, ", plan.tiles.shared, " shared units");
     return plan;
   }
   if (odd.empty())

@@ -1,67 +1,16 @@
 // Launches nf4_linear_tiles_kernel.cuh: tensor maps of x and y, and the kernel for the plan's tile.
 #include "cuda/nf4_linear_tiles.h"
 
-#include <cuda.h>
-
-#include "cuda/device/launch.cuh"
+#include "cuda/device/tensor_map.cuh"
 #include "cuda/nf4_linear_tiles_kernel.cuh"
 
 namespace fastpeft::cuda {
 namespace {
 
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-// Asked of the driver at run time, so that the module links to no libcuda and loads where there is none.
-EncodeTiled encode_tiled() {
-  static const EncodeTiled found = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    FASTPEFT_CUDA_CHECK(
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result));
-    check(result == cudaDriverEntryPointSuccess, "nf4_linear: the driver has no cuTensorMapEncodeTiled; update it");
-    return reinterpret_cast<EncodeTiled>(function);
-  }();
-  return found;
-}
-
-// [rows, columns] elements of `type`, `bytes` each, in boxes of box_rows by box_columns.
-CUtensorMap tensor_map(CUtensorMapDataType type, int bytes, CUtensorMapSwizzle swizzle, const void* data, int rows,
-                       int columns, int box_rows, int box_columns) {
-  CUtensorMap map;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t pitch[1] = {static_cast<cuuint64_t>(columns) * static_cast<cuuint64_t>(bytes)};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t steps[2] = {1, 1};
-  const CUresult status =
-      encode_tiled()(&map, type, 2, const_cast<void*>(data), sizes, pitch, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                     swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS) {
-    throw CudaError(concat("nf4_linear: cuTensorMapEncodeTiled of [", rows, ", ", columns, "] failed with status ",
-                           static_cast<int>(status), " (", __FILE__, ":", __LINE__, ")"));
-  }
-  return map;
-}
-
-CUtensorMap activation_map(DType dtype, const void* data, int rows, int columns, int box_rows) {
-  return tensor_map(dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
-                    CU_TENSOR_MAP_SWIZZLE_128B, data, rows, columns, box_rows, 64);
-}
-
 template <typename T, bool kBackward, int kTokens, int kCluster>
 void launch_kernel(const NF4LinearArgs& args, const nf4_tiles::Plan& plan, const Context& context) {
   using C = nf4_tiles::Config<kTokens, kCluster>;
-  nf4_tiles::Problem p{};
-  p.plan = plan;
-  p.w = args.w;
-  p.n = static_cast<int>(args.n), p.k = static_cast<int>(args.k);
-  p.block_shift = log2_of(args.w.block_size / 64);
-  p.bias = args.bias;
-  p.y = args.y;
-  p.store_by_tma = plan.out % 8 == 0 && is_aligned(args.y);
-  p.workspace = static_cast<uint8_t*>(args.workspace);
-  p.counters = args.counters;
-  p.wide_scales = args.w.nested_absmax != nullptr && p.block_shift == 0 && p.k / 64 % 4 == 0 &&
-                  reinterpret_cast<uintptr_t>(args.w.absmax) % 4 == 0;
+  const nf4_tiles::Problem p = nf4_tiles::make_problem(args, plan);
   const CUtensorMap map_x = activation_map(args.dtype, args.x, plan.m, plan.depth, kTokens);
   const CUtensorMap map_y =
       p.store_by_tma ? activation_map(args.dtype, args.y, plan.m, plan.out, C::kStoreTokens) : map_x;

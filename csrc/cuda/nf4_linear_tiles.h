@@ -9,4 +9,7 @@ namespace fastpeft::cuda {
 // On a device of compute capability 9.0; sizes and alignment as nf4_linear_plan has checked them.
 void nf4_linear_tiles(const NF4LinearArgs& args, const nf4_tiles::Plan& plan, const Context& context);
 
+// The same for plans with `fragments`.
+void nf4_linear_fragments(const NF4LinearArgs& args, const nf4_tiles::Plan& plan, const Context& context);
+
 }  // namespace fastpeft::cuda

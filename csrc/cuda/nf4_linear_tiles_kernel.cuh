@@ -27,7 +27,7 @@
 #include "cuda/device/numbers.cuh"
 #include "cuda/device/ptx.cuh"
 #include "cuda/nf4_linear_tiles_plan.h"
-#include "fastpeft/nf4.h"
+#include "fastpeft/nf4_linear.h"
 
 namespace fastpeft::cuda::nf4_tiles {
 
@@ -43,6 +43,22 @@ struct Problem {
   uint8_t* workspace;
   unsigned* counters;  // zero, and left so
 };
+
+inline Problem make_problem(const NF4LinearArgs& args, const Plan& plan) {
+  Problem p{};
+  p.plan = plan;
+  p.w = args.w;
+  p.n = static_cast<int>(args.n), p.k = static_cast<int>(args.k);
+  p.block_shift = log2_of(args.w.block_size / 64);
+  p.bias = args.bias;
+  p.y = args.y;
+  p.store_by_tma = plan.out % 8 == 0 && is_aligned(args.y);
+  p.workspace = static_cast<uint8_t*>(args.workspace);
+  p.counters = args.counters;
+  p.wide_scales = args.w.nested_absmax != nullptr && p.block_shift == 0 && p.k / 64 % 4 == 0 &&
+                  reinterpret_cast<uintptr_t>(args.w.absmax) % 4 == 0;
+  return p;
+}
 
 template <int kTokens_, int kCluster_>
 struct Config {

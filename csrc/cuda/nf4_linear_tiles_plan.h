@@ -51,6 +51,7 @@ inline Divisor divisor(int value) {
 struct Plan {
   int m, out, depth;
   int tokens, cluster;        // of a tile; tiles of a unit, a thread block each
+  bool fragments;             // by nf4_linear_fragments_kernel.cuh
   int strips, columns;        // units: strips of out by columns of tokens
   int group, last_group;      // columns walked together; of the last group
   int chunks;                 // of the depth
@@ -123,11 +124,24 @@ inline int counters(const Plan& p) { return slots(p) * p.cluster * kConsumers * 
 // Fixed cycles of an item, and of adding up parts (bench/LOG.md, 2026-11-26).
 struct Tile {
   int tokens, cluster;
+  bool fragments;      // forward only
   double step_cycles;  // measured (bench/LOG.md, 2026-11-26)
 };
 // Those that are compiled.
-constexpr Tile kTiles[] = {{32, 1, 690}, {64, 1, 700}, {128, 1, 820}, {128, 2, 760}, {256, 1, 1500}, {256, 2, 1100}};
+constexpr Tile kTiles[] = {{32, 1, false, 690},  {64, 1, false, 700},   {128, 1, false, 820},
+                           {128, 2, false, 760}, {256, 1, false, 1500}, {256, 2, false, 1100},
+                           {32, 1, true, 500},   {64, 1, true, 580},    {256, 1, true, 1400}};
 constexpr double kItemCycles = 1500, kSharedCycles = 8000, kSharedCyclesPerToken = 64;
+// The fragments kernel adds few tokens' parts all at once (its add_parts): it costs by the part.
+constexpr int kMostFlatTokens = 64;
+constexpr double kPartCycles = 2000, kPartCyclesPerToken = 22;
+
+inline double sharing_cycles(const Plan& p) {
+  if (p.fragments && p.tokens <= kMostFlatTokens) {
+    return ceil_divide(p.chunks, p.share) * (kPartCycles + kPartCyclesPerToken * p.tokens);
+  }
+  return kSharedCycles + kSharedCyclesPerToken * p.tokens;
+}
 
 struct Choice {
   Plan plan;
@@ -152,14 +166,15 @@ inline Choice choose_sharing(Plan p, double step) {
     if (p.shared == 0 || p.shared_chunks < p.seats || p.chunks > (1 << 15) || workspace_bytes(p) > kMostWorkspace)
       continue;
     const double cycles = waves * (p.chunks * kChunkSteps * step + kItemCycles) + p.share * kChunkSteps * step +
-                          kItemCycles + kSharedCycles + kSharedCyclesPerToken * p.tokens;
+                          kItemCycles + sharing_cycles(p);
     if (cycles < best.cycles) best = {p, cycles};
   }
   return best;
 }
 
-inline Plan plan_for(int m, int out, int depth, int sms, int tokens, int cluster) {
+inline Plan plan_for(int m, int out, int depth, int sms, int tokens, int cluster, bool fragments) {
   Plan p{};
+  p.fragments = fragments;
   p.m = m, p.out = out, p.depth = depth, p.tokens = tokens, p.cluster = cluster, p.seats = sms / cluster;
   p.strips = ceil_divide(out, kTileOut), p.columns = ceil_divide(m, tokens * cluster);
   p.group = ceil_divide(p.columns, ceil_divide(p.columns, std::max(1, kGroupTokens / (tokens * cluster))));
@@ -170,10 +185,12 @@ inline Plan plan_for(int m, int out, int depth, int sms, int tokens, int cluster
   return p;
 }
 
-inline Plan make_plan(int m, int out, int depth, int sms) {
+inline Plan make_plan(int m, int out, int depth, int sms, bool forward) {
   Choice best{{}, 1e30};
   for (const Tile& tile : kTiles) {
-    const Choice choice = choose_sharing(plan_for(m, out, depth, sms, tile.tokens, tile.cluster), tile.step_cycles);
+    if (tile.fragments && !forward) continue;
+    const Choice choice =
+        choose_sharing(plan_for(m, out, depth, sms, tile.tokens, tile.cluster, tile.fragments), tile.step_cycles);
     if (choice.cycles < best.cycles) best = choice;
   }
   return best.plan;

@@ -52,7 +52,7 @@ def nf4_levels() -> list[float]:
 class LinearPlan(NamedTuple):
     """How a product with an NF4 weight is computed (csrc/cuda/nf4_linear_config.h)."""
 
-    kernel: str  # "dequantise", "decode", "tiles" or "mma"
+    kernel: str  # "dequantise", "decode", "fragments", "tiles" or "mma"
     workspace_bytes: int
     counters: int  # 32-bit words, zero before and after
     reason: str

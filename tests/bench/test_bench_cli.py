@@ -35,7 +35,8 @@ def test_list_names_every_suite(tmp_path: Path, capsys: pytest.CaptureFixture[st
     [
         (
             ["nf4_gem"],
-            "no suite 'nf4_gem'; did you mean 'nf4_gemm'? the suites are nf4_quant, nf4_gemm, lora, blocks, adamw",
+            "no suite 'nf4_gem'; did you mean 'nf4_gemm'? "
+            "the suites are nf4_quant, nf4_gemm, lora, blocks, adamw, loss",
         ),
         (["lora", "--filter", "m=7"], "no case of lora contains 'm=7'; --list SUITE shows the ids"),
         (["lora", "--reps", "0"], "--reps is 0; it takes 1 or more"),
@@ -80,7 +81,7 @@ def test_quick_runs_every_suite_and_keeps_the_rows(tmp_path: Path, capsys: pytes
             assert tuple(result["peers"]) == suite.peers
             # A peer may be absent here, but one that runs must compute the same thing.
             assert {peer["status"] for peer in result["peers"].values()} <= {"ok", "not installed"}, result["peers"]
-    assert printed.splitlines()[-1].split()[0] in {"adamw", "torch", "bnb"}
+    assert printed.splitlines()[-1].split()[0] in {"loss", *SUITES["loss"].peers}
 
 
 def test_no_save_leaves_nothing(tmp_path: Path) -> None:

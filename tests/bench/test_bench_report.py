@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,15 @@ def test_row_reads_as_documented() -> None:
         "nf4_gemm m=16 n=4096 k=4096 bf16 | 5.04 us (p20 5.00 p80 5.30) | 1.70 TB/s 57% of read roof | "
         "dense 3.1x  bnb 7.0x"
     )
+
+
+def test_memory_stands_beside_the_times_where_a_case_wants_it() -> None:
+    ours = replace(ours_in(5.04, 5.0, 5.3), peak_bytes=600_000_000)
+    row = gemm_row(ours, Contender("dense", times=times(15.6), mode="graph", ratio=3.1, peak_bytes=2_100_000_000))
+    assert "MB" not in format_row(row, ROOFS)
+    row.case = replace(row.case, show_memory=True)
+    text = format_row(row, ROOFS)
+    assert "p80 5.30) +600 MB |" in text and text.endswith("dense 3.1x +2.10 GB")
 
 
 def test_losing_absent_failing_and_wrong_peers_stay_in_the_row() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastpeft import ops
-from fastpeft.ops import cross_entropy as module
+from fastpeft.ops import linear_loss
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Sizes on and off the 16-byte grid; on CUDA the last are rows that a cluster of two, four and eight blocks holds.
@@ -126,7 +126,7 @@ def test_loss_and_gradients(dtype: torch.dtype, shape: str, reduction: str, opti
 def test_long_rows(dtype: torch.dtype, shape: str, options: str, hold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both kernels, at every number of blocks a row."""
     if not hold:
-        monkeypatch.setattr(module, "_holds_rows", lambda where: False)
+        monkeypatch.setattr(linear_loss, "_holds_rows", lambda where: False)
     tensors = make(*LONG_SHAPES[shape], dtype, "cuda")
     compare(
         lambda h, w, t, b: ops.linear_cross_entropy(h, w, t, b, **OPTIONS[options]),
@@ -151,7 +151,7 @@ def test_chunks(dtype: torch.dtype, reduction: str, chunk_tokens: int | None, de
 
 
 def test_default_chunks_are_bounded_and_even() -> None:
-    rows = lambda tokens, v: module._chunk_rows(tokens, 2 * v, torch.device("cuda"), 0)  # noqa: E731
+    rows = lambda tokens, v: linear_loss._chunk_rows(tokens, 2 * v, torch.device("cuda"), 0)  # noqa: E731
     assert rows(8192, 128_256) == 2048  # 525 MB
     assert rows(9000, 128_256) == 1920  # five chunks, the last of 1320
     assert rows(4096, 49_152) == 4096
@@ -332,7 +332,7 @@ def test_no_grad_makes_no_gradients(device: str, monkeypatch: pytest.MonkeyPatch
     def refuse(*_: Any) -> None:
         raise AssertionError("a gradient was computed")
 
-    monkeypatch.setattr(module._Gradients, "add", refuse)
+    monkeypatch.setattr(linear_loss._Gradients, "add", refuse)
     with torch.no_grad():
         loss = ops.linear_cross_entropy(*tensors)
         assert not ops.linear_logprobs(*tensors).requires_grad

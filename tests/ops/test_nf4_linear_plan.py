@@ -63,20 +63,23 @@ def test_no_more_blocks_than_units_of_16_rows() -> None:
 @pytest.mark.parametrize(
     ("changed", "tile"),
     [
-        ({"m": 17}, "128 x 32, clusters of 1"),
-        ({"m": 1, "transposed": True}, "128 x 32, clusters of 1"),
-        ({"m": 64, "n": 14336}, "128 x 64, clusters of 1"),
-        ({"m": 128, "n": 14336}, "128 x 128, clusters of 1"),
-        ({"m": 512}, "128 x 128, clusters of 2"),
-        ({"m": 1024}, "128 x 256, clusters of 2"),
-        ({"m": 8192, "transposed": True}, "128 x 256, clusters of 2"),
+        ({"m": 17}, "fragments: 128 x 32, clusters of 1"),
+        ({"m": 64}, "fragments: 128 x 32, clusters of 1"),
+        ({"m": 64, "n": 14336}, "fragments: 128 x 64, clusters of 1"),
+        ({"m": 256, "n": 28672, "k": 8192}, "fragments: 128 x 256, clusters of 1"),
+        ({"m": 1, "transposed": True}, "tiles: 128 x 32, clusters of 1"),
+        ({"m": 64, "n": 14336, "transposed": True}, "tiles: 128 x 64, clusters of 1"),
+        ({"m": 128, "n": 14336}, "tiles: 128 x 128, clusters of 1"),
+        ({"m": 512}, "tiles: 128 x 128, clusters of 2"),
+        ({"m": 1024}, "tiles: 128 x 256, clusters of 2"),
+        ({"m": 8192, "transposed": True}, "tiles: 128 x 256, clusters of 2"),
     ],
     ids=str,
 )
-def test_more_tokens_go_by_tiles_on_hopper(changed: dict[str, object], tile: str) -> None:
+def test_more_tokens_go_by_wgmma_on_hopper(changed: dict[str, object], tile: str) -> None:
     chosen = plan(**changed)
-    assert chosen.kernel == "tiles"
-    assert chosen.reason.startswith(f"tiles: {tile}, ")
+    assert chosen.kernel == tile.split(":")[0]
+    assert chosen.reason.startswith(f"{tile}, ")
 
 
 @pytest.mark.parametrize(
@@ -121,7 +124,7 @@ def test_the_rest_is_dequantised_for_a_reason(changed: dict[str, object], reason
 @pytest.mark.parametrize("m", [17, 64, 300, 1024, 4096, 65536])
 def test_workspace_is_at_most_32_mb(m: int, shape: tuple[int, int], transposed: bool) -> None:
     chosen = plan(m=m, n=shape[0], k=shape[1], transposed=transposed)
-    assert chosen.kernel == "tiles"
+    assert chosen.kernel in ("tiles", "fragments")
     assert chosen.workspace_bytes <= 32 << 20
     assert chosen.counters <= 2048
 
@@ -130,9 +133,10 @@ def test_workspace_is_at_most_32_mb(m: int, shape: tuple[int, int], transposed: 
 @pytest.mark.parametrize("depth", [64, 832, 4096, 14336])
 @pytest.mark.parametrize("out", [8, 200, 4096, 28672])
 @pytest.mark.parametrize("m", [1, 65, 300, 1024, 2304, 8192])
-def test_tiles_cover_every_output_once(m: int, out: int, depth: int, sms: int) -> None:
+@pytest.mark.parametrize("forward", [True, False])
+def test_tiles_cover_every_output_once(forward: bool, m: int, out: int, depth: int, sms: int) -> None:
     """Every chunk of every tile has one seat; the parts of a tile follow each other, in the workspace too."""
-    tokens, cluster, chunks, items = _C.nf4_linear_tiles_items(m, out, depth, sms)
+    tokens, cluster, chunks, items = _C.nf4_linear_tiles_items(m, out, depth, sms, forward)
     assert cluster * (1 + max(item[0] for item in items)) <= sms
     by_tile = sorted(items, key=lambda item: (item[1], item[2], item[3]))
     tiles = 0

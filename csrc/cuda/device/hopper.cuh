@@ -137,6 +137,12 @@ __device__ inline unsigned atomic_increment(unsigned* counter, unsigned last) {
   asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(last) : "memory");
   return before;
 }
+// The same, and it publishes and sees what add_release and load_acquire do.
+__device__ inline unsigned atomic_increment_synchronising(unsigned* counter, unsigned last) {
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(last) : "memory");
+  return before;
+}
 // Publishes what this thread, and before a barrier its thread block, has written; load_acquire sees it with the count.
 __device__ inline void add_release(unsigned* counter, unsigned value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
@@ -211,18 +217,36 @@ __device__ void wgmma(float (&d)[kTokens / 2], uint64_t a, uint64_t b, bool accu
                  : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kMnMajor ? 1 : 0));                       \
   }                                                                                                                 \
   static_assert(true)
+#define FASTPEFT_WGMMA_REGISTERS_OF(TYPE, NAME, N, R, D, A0, A1, A2, A3, B, P)                                      \
+  __device__ inline void wgmma_registers_##NAME##_##N(float(&d)[N / 2], const uint32_t* a, uint64_t b,              \
+                                                      bool accumulate) {                                            \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE \
+                 "." TYPE " {" R "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " B ", p, 1, 1, 0;\n}\n"                     \
+                 : D                                                                                                \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));          \
+  }                                                                                                                 \
+  static_assert(true)
 #define FASTPEFT_WGMMA_SIZES(TYPE, NAME)                                                                               \
   FASTPEFT_WGMMA_OF(TYPE, NAME, 32, FASTPEFT_R16, FASTPEFT_D16(0), "%16", "%17", "%18", "%19");                        \
   FASTPEFT_WGMMA_OF(TYPE, NAME, 64, FASTPEFT_R32, FASTPEFT_D16(0) COMMA FASTPEFT_D16(16), "%32", "%33", "%34", "%35"); \
   FASTPEFT_WGMMA_OF(TYPE, NAME, 128, FASTPEFT_R64, FASTPEFT_D64(0), "%64", "%65", "%66", "%67");                       \
   FASTPEFT_WGMMA_OF(TYPE, NAME, 256, FASTPEFT_R128, FASTPEFT_D64(0) COMMA FASTPEFT_D64(64), "%128", "%129", "%130",    \
-                    "%131")
+                    "%131");                                                                                           \
+  FASTPEFT_WGMMA_REGISTERS_OF(TYPE, NAME, 32, FASTPEFT_R16, FASTPEFT_D16(0), "%16", "%17", "%18", "%19", "%20",        \
+                              "%21");                                                                                  \
+  FASTPEFT_WGMMA_REGISTERS_OF(TYPE, NAME, 64, FASTPEFT_R32, FASTPEFT_D16(0) COMMA FASTPEFT_D16(16), "%32", "%33",      \
+                              "%34", "%35", "%36", "%37");                                                             \
+  FASTPEFT_WGMMA_REGISTERS_OF(TYPE, NAME, 128, FASTPEFT_R64, FASTPEFT_D64(0), "%64", "%65", "%66", "%67", "%68",       \
+                              "%69");                                                                                  \
+  FASTPEFT_WGMMA_REGISTERS_OF(TYPE, NAME, 256, FASTPEFT_R128, FASTPEFT_D64(0) COMMA FASTPEFT_D64(64), "%128", "%129",  \
+                              "%130", "%131", "%132", "%133")
 #define COMMA ,
 FASTPEFT_WGMMA_SIZES("bf16", bf16);
 FASTPEFT_WGMMA_SIZES("f16", f16);
 #undef COMMA
 #undef FASTPEFT_WGMMA_SIZES
 #undef FASTPEFT_WGMMA_OF
+#undef FASTPEFT_WGMMA_REGISTERS_OF
 #undef FASTPEFT_R128
 #undef FASTPEFT_R64
 #undef FASTPEFT_R32
@@ -242,6 +266,21 @@ __device__ inline void wgmma(float (&d)[kTokens / 2], uint64_t a, uint64_t b, bo
   if constexpr (kTokens == 64 && !kBf16) wgmma_f16_64<kMnMajor>(d, a, b, accumulate);
   if constexpr (kTokens == 128 && !kBf16) wgmma_f16_128<kMnMajor>(d, a, b, accumulate);
   if constexpr (kTokens == 256 && !kBf16) wgmma_f16_256<kMnMajor>(d, a, b, accumulate);
+}
+
+// The same with a in registers: thread (warp w, lane 4g + t) holds rows 16w + g and, in odd registers, 16w + g + 8, at
+// depth 2t and 2t + 1, and in the last two registers 8 further. They may not change before the wait.
+template <typename T, int kTokens>
+__device__ inline void wgmma_registers(float (&d)[kTokens / 2], const uint32_t* a, uint64_t b, bool accumulate) {
+  constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
+  if constexpr (kTokens == 32 && kBf16) wgmma_registers_bf16_32(d, a, b, accumulate);
+  if constexpr (kTokens == 64 && kBf16) wgmma_registers_bf16_64(d, a, b, accumulate);
+  if constexpr (kTokens == 128 && kBf16) wgmma_registers_bf16_128(d, a, b, accumulate);
+  if constexpr (kTokens == 256 && kBf16) wgmma_registers_bf16_256(d, a, b, accumulate);
+  if constexpr (kTokens == 32 && !kBf16) wgmma_registers_f16_32(d, a, b, accumulate);
+  if constexpr (kTokens == 64 && !kBf16) wgmma_registers_f16_64(d, a, b, accumulate);
+  if constexpr (kTokens == 128 && !kBf16) wgmma_registers_f16_128(d, a, b, accumulate);
+  if constexpr (kTokens == 256 && !kBf16) wgmma_registers_f16_256(d, a, b, accumulate);
 }
 
 }  // namespace fastpeft::cuda

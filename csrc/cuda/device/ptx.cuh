@@ -97,6 +97,9 @@ __device__ inline void store_16_if(bool wanted, void* to, uint4 v) {
                : "memory");
 }
 
+// PTX ISA 9.7.9.15 (prefetch): the line of 128 bytes into L1.
+__device__ inline void prefetch_l1(const void* from) { asm volatile("prefetch.global.L1 [%0];" ::"l"(from)); }
+
 // PTX ISA 9.7.9.25.3 (cp.async): 16 bytes from global to shared memory behind the thread's back, past L1; a miss
 // fetches the whole 128-byte line into L2. The thread sees them after wait_async, others after a barrier too.
 __device__ inline void copy_async_16(uint32_t to_shared, const void* from) {

@@ -1,0 +1,49 @@
+// Tensor maps for TMA, made on the host and handed to a kernel as a parameter.
+#pragma once
+
+#include <cuda.h>
+
+#include "cuda/device/launch.cuh"
+
+namespace fastpeft::cuda {
+
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+// Asked of the driver at run time, so that the module links to no libcuda and loads where there is none.
+inline EncodeTiled encode_tiled() {
+  static const EncodeTiled found = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    FASTPEFT_CUDA_CHECK(
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result));
+    check(result == cudaDriverEntryPointSuccess, "the driver has no cuTensorMapEncodeTiled; update it");
+    return reinterpret_cast<EncodeTiled>(function);
+  }();
+  return found;
+}
+
+// [rows, columns] elements of `type`, `bytes` each, in boxes of box_rows by box_columns.
+inline CUtensorMap tensor_map(CUtensorMapDataType type, int bytes, CUtensorMapSwizzle swizzle, const void* data,
+                              int rows, int columns, int box_rows, int box_columns) {
+  CUtensorMap map;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t pitch[1] = {static_cast<cuuint64_t>(columns) * static_cast<cuuint64_t>(bytes)};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t steps[2] = {1, 1};
+  const CUresult status =
+      encode_tiled()(&map, type, 2, const_cast<void*>(data), sizes, pitch, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                     swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS) {
+    throw CudaError(concat("cuTensorMapEncodeTiled of [", rows, ", ", columns, "] failed with status ",
+                           static_cast<int>(status), " (", __FILE__, ":", __LINE__, ")"));
+  }
+  return map;
+}
+
+// [rows, columns] of a 16-bit type in boxes of box_rows by 64 columns, under the 128-byte swizzle.
+inline CUtensorMap activation_map(DType dtype, const void* data, int rows, int columns, int box_rows) {
+  return tensor_map(dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+                    CU_TENSOR_MAP_SWIZZLE_128B, data, rows, columns, box_rows, 64);
+}
+
+}  // namespace fastpeft::cuda
