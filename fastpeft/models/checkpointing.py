@@ -273,6 +273,10 @@ class _Tape:
             y, self._seen[name] = product.run(x, name in self._keep, name not in self._unread)
         return y
 
+    def owns(self, names: tuple[str, ...]) -> bool:
+        """Whether the outputs of these layers are made for one backward, which may write over them."""
+        return self.replaying and all(self._products[name] is not None for name in names)
+
 
 class _AttentionNode:
     """What attention saved for its backward, with its inputs and output taken out."""

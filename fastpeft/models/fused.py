@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastpeft.models.structure import MLP, Attention, Layer, Norm
 from fastpeft.ops import geglu, rms_norm, rope, swiglu
+from fastpeft.ops.glu import glu_consuming
 
 STRUCTURE = "_fastpeft"
 CHECKPOINTING = "_fastpeft_checkpointing"
@@ -30,6 +31,9 @@ class Tape(Protocol):
 
     def linear(self, owner: nn.Module, name: str, x: Tensor) -> Tensor:
         """Apply the linear layer that stands in ``owner`` under ``name``."""
+
+    def owns(self, names: tuple[str, ...]) -> bool:
+        """Whether the outputs of these layers are made for one backward, which may write over them."""
 
 
 def project(owner: nn.Module, names: tuple[str, ...], x: Tensor, tape: Tape | None = None) -> list[Tensor]:
@@ -102,6 +106,8 @@ def mlp_hidden(mlp: nn.Module, structure: MLP, x: Tensor, tape: Tape | None = No
     """What the down-projection of a gated MLP reads."""
     outputs = project(mlp, structure.projections, x, tape)
     gate, up = outputs if len(outputs) == 2 else (outputs[0], None)
+    if tape is not None and tape.owns(structure.projections):
+        return glu_consuming(gate, up, structure.activation)
     if structure.activation == "silu":
         return swiglu(gate, up)
     return geglu(gate, up, "tanh" if structure.activation == "gelu_tanh" else "none")
