@@ -44,6 +44,7 @@ class Setup:
         dropout: of the adapters.
         checkpointing: of fastpeft, as ``accelerate`` takes it; peers have gradient checkpointing.
         budget_gb: with "selective", what activations may take.
+        attention: of fastpeft, which of torch's attention kernels come first: flash, cudnn, or auto for torch's order.
         steps: timed.
         warmup: steps before.
         profile: of fastpeft, print the share of time by kernel.
@@ -64,6 +65,7 @@ class Setup:
     dropout: float = 0.0
     checkpointing: str = "full"
     budget_gb: float | None = None
+    attention: str = "auto"
     steps: int = 5
     warmup: int = 3
     profile: bool = False
@@ -205,7 +207,7 @@ def _measure(stack: Stack, setup: Setup) -> dict[str, Any]:
     ids = torch.randint(4, setup.vocab, (setup.batch, setup.tokens), generator=generator).to(setup.device)
 
     def step() -> Tensor:
-        with torch.autocast(setup.device, torch.bfloat16, enabled=stack.autocast):
+        with torch.autocast(setup.device, torch.bfloat16, enabled=stack.autocast), _attention(setup):
             loss: Tensor = stack.model(input_ids=ids, labels=ids).loss
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -237,6 +239,18 @@ def _measure(stack: Stack, setup: Setup) -> dict[str, Any]:
         result["kernels"] = _kernels(step, cuda)
         result["enqueue_seconds"] = _enqueue_seconds(step, cuda)
     return result
+
+
+def _attention(setup: Setup) -> contextlib.AbstractContextManager[None]:
+    """Torch's attention kernels in the order that was asked for."""
+    if setup.attention == "auto" or setup.stack != "fastpeft":
+        return contextlib.nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    if setup.attention == "cudnn":
+        order.reverse()
+    return sdpa_kernel([*order, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
 
 
 def _kernels(step: Callable[[], Any], cuda: bool) -> list[dict[str, Any]]:

@@ -161,6 +161,7 @@ def _setups(options: argparse.Namespace) -> list[Setup]:
             base,
             checkpointing=mode,
             budget_gb=options.budget_gb if mode == "selective" else None,
+            attention=options.attention,
             profile=options.profile,
         )
         for mode in modes
@@ -193,6 +194,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--checkpointing", default="full", metavar="A,B", help=f"fastpeft's, of {', '.join(_MODES)}")
     parser.add_argument("--budget-gb", type=float, help="also run 'selective' with this budget for activations")
+    parser.add_argument(
+        "--attention", choices=("auto", "flash", "cudnn"), default="auto", help="fastpeft's kernels first"
+    )
     parser.add_argument("--layers", type=int, help="default 32")
     parser.add_argument("--batch", type=int, help="sequences, default 4")
     parser.add_argument("--tokens", type=int, help="of a sequence, default 2048")

@@ -20,11 +20,11 @@ struct Sigmoid {
 template <typename Math, typename Real>
 FASTPEFT_THIS_SIDE Sigmoid<Real> sigmoid(Real x) {
   const Real e = Math::exp(x < 0 ? x : -x);  // never overflows
-  const Real large = Math::reciprocal(1 + e), small = e * large;
+  const Real large = Math::divide(Real(1), 1 + e), small = Math::divide(e, 1 + e);
   return x < 0 ? Sigmoid<Real>{small, large} : Sigmoid<Real>{large, small};
 }
 
-// Value and slope of the activation. Math gives exp, reciprocal and erf of a Real.
+// Value and slope of the activation. Math gives exp, quotient and erf of Reals.
 template <GluKind kKind, typename Math, typename Real>
 FASTPEFT_THIS_SIDE Activation<Real> activation(Real x) {
   if constexpr (kKind == GluKind::kSilu) {

@@ -17,8 +17,8 @@ struct HostMath {
     return std::exp(x);
   }
   template <typename Real>
-  static Real reciprocal(Real x) {
-    return 1 / x;
+  static Real divide(Real a, Real b) {
+    return a / b;
   }
   template <typename Real>
   static Real erf(Real x) {

@@ -2,7 +2,7 @@
 //
 // Plan     A thread owns 16 bytes of each tensor; 32 registers are enough for it, so that an SM has 2048 threads and
 //          their loads under way. Where all rows lie without gaps, the whole tensor is one row. The 16-bit types take
-//          the fast exponential and reciprocal, whose error their rounding hides; float32 takes the exact ones.
+//          the fast exponential and division, whose error their rounding hides; float32 takes the exact ones.
 // Limits   Packs need widths, strides and pointers on the 16-byte grid; the same kernel with packs of one element takes
 //          the rest.
 #include "fastpeft/glu.h"
@@ -25,7 +25,7 @@ constexpr int kThreads = 256;
 template <bool kExact>
 struct DeviceMath {
   __device__ static float exp(float x) { return kExact ? expf(x) : __expf(x); }
-  __device__ static float reciprocal(float x) { return kExact ? 1.0f / x : __fdividef(1.0f, x); }
+  __device__ static float divide(float a, float b) { return kExact ? a / b : __fdividef(a, b); }
   __device__ static float erf(float x) { return erff(x); }
 };
 

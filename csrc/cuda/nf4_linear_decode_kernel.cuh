@@ -280,7 +280,6 @@ __global__ void __launch_bounds__(32 * kWarps, 1) kernel(const __grid_constant__
   if constexpr (kLaunchesOverlap) {
     let_next_kernel_start();
     fill_table<T, kThreads>(table);
-    wait_for_kernel_before();  // no global memory is touched before
   }
   if constexpr (kStaged) stage(row_begin, staged_here);
   if constexpr (kNested) {
@@ -345,11 +344,11 @@ __global__ void __launch_bounds__(32 * kWarps, 1) kernel(const __grid_constant__
     }
   };
   float offset = 0.0f;
-  fetch(ring[0], scales[0]);
-  load_round(0);
-  if constexpr (kNested) offset = load_4(p.w.offset);
 #pragma unroll
-  for (int i = 1; i < kStages - 1; ++i) fetch(ring[i], scales[i]);
+  for (int i = 0; i < kStages - 1; ++i) fetch(ring[i], scales[i]);
+  if constexpr (kNested) offset = load_4(p.w.offset);
+  wait_for_kernel_before();  // so far only the weight was read
+  load_round(0);
   if constexpr (!kLaunchesOverlap) fill_table<T, kThreads>(table);
   if constexpr (kNested) wait_async<kStages - 1>();  // all but the first items
   __syncthreads();

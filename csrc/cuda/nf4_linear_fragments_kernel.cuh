@@ -80,21 +80,34 @@ __device__ void fill_table(uint32_t table) {
 
 // --- fetching --------------------------------------------------------------------------------------------------------
 
-// One thread.
+// One thread. The first stages' codes are asked for while the kernel before still runs: what writes weights never lets
+// the next kernel start early (device/ptx.cuh), so they are there; x is not before it has ended.
 template <typename C>
 __device__ void fetch(const CUtensorMap* map_x, const CUtensorMap* map_w, const Problem& p) {
-  Ring stage{0, 1};
   ChunkWalk here{};
+  const auto codes = [&](int at, int o) {
+    const uint32_t full = C::full + 8 * at;
+    barrier_arrive_expect(full, C::kCodeBytes + C::kSplits * C::kXBytes);
+    tma_load(C::codes + at * C::kCodeBytes, map_w, full, (here.chunk * kChunkSteps + o * C::kSplits) * (kStep / 2),
+             here.out0);
+  };
+  int early = 0;
+  for (enter(p.plan, blockIdx.x, here); here.more && early < C::kStages; advance(p.plan, blockIdx.x, here)) {
+    for (int o = 0; o < C::kOwn && early < C::kStages; ++o, ++early) codes(early, o);
+  }
+  wait_for_kernel_before();
+  Ring stage{0, 1};
+  here = {};
   for (enter(p.plan, blockIdx.x, here); here.more; advance(p.plan, blockIdx.x, here)) {
-    for (int o = 0; o < C::kOwn; ++o) {
-      const uint32_t full = C::full + 8 * stage.at;
-      const int step = here.chunk * kChunkSteps + o * C::kSplits;
-      barrier_wait(C::empty + 8 * stage.at, stage.parity);
-      barrier_arrive_expect(full, C::kCodeBytes + C::kSplits * C::kXBytes);
-      tma_load(C::codes + stage.at * C::kCodeBytes, map_w, full, step * (kStep / 2), here.out0);
+    for (int o = 0; o < C::kOwn; ++o, --early) {
+      if (early <= 0) {
+        barrier_wait(C::empty + 8 * stage.at, stage.parity);
+        codes(stage.at, o);
+      }
 #pragma unroll
       for (int i = 0; i < C::kSplits; ++i) {
-        tma_load(C::x + (stage.at * C::kSplits + i) * C::kXBytes, map_x, full, (step + i) * kStep, here.m0);
+        tma_load(C::x + (stage.at * C::kSplits + i) * C::kXBytes, map_x, C::full + 8 * stage.at,
+                 (here.chunk * kChunkSteps + o * C::kSplits + i) * kStep, here.m0);
       }
       stage.advance<C::kStages>();
     }
@@ -408,7 +421,6 @@ __global__ void __launch_bounds__(Config<kTokens>::kThreads, 1)
   if (warpgroup == C::kGroups) {
     give_registers<C::kFetchRegisters>();
     const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
-    wait_for_kernel_before();
     if (warp < kStrips) {
       fetch_scales<C>(p, warp);
     } else if (threadIdx.x % 32 == 0 && warp == kStrips) {
@@ -418,11 +430,11 @@ __global__ void __launch_bounds__(Config<kTokens>::kThreads, 1)
   }
   take_registers<C::kMultiplyRegisters>();
   fill_table<!C::kScaleSums, T, 4 * C::kGroups>(C::table);
-  wait_for_kernel_before();
   if (p.w.nested_absmax != nullptr && threadIdx.x < 256) {
     store_shared_word(C::map + 4 * threadIdx.x, __float_as_uint(__ldg(p.w.nested_map + threadIdx.x)));
   }
   named_barrier(5, 128 * C::kGroups + 32 * kStrips);
+  wait_for_kernel_before();
   multiply<T, C>(&map_y, p, warpgroup);
 #endif
 }

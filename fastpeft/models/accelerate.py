@@ -123,7 +123,7 @@ def accelerate(
     """
     if activation_budget_gb is not None and checkpointing is None:
         checkpointing = "selective"
-    _check_checkpointing(checkpointing, activation_budget_gb)
+    check_checkpointing(checkpointing, activation_budget_gb)
     found = Report()
     counts: Counter[str] = Counter()
     for kind, name, change in _changes(model, norm, rope, mlp, loss):
@@ -196,7 +196,15 @@ _SWITCH = "_set_gradient_checkpointing"
 SETTINGS = "_fastpeft_checkpointing_settings"
 
 
-def _check_checkpointing(mode: str | None, budget_gb: float | None) -> None:
+def check_checkpointing(mode: str | None, budget_gb: float | None) -> None:
+    """Refuse what ``accelerate`` cannot do.
+
+    Args:
+        mode: its ``checkpointing``.
+        budget_gb: its ``activation_budget_gb``.
+    Raises:
+        UserError: an unknown mode, or a budget that is none or has nothing to do with the mode.
+    """
     if mode is not None and mode not in MODES:
         raise UserError(
             f"accelerate: checkpointing is {mode!r}; it must be {', '.join(MODES)}{did_you_mean(mode, MODES)}"

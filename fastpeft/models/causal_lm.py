@@ -3,7 +3,8 @@
 A model that is given labels in training answers with the loss; its logits, eight times the size of everything else at a
 vocabulary of 128,256, are needed by nobody. Output layer and cross-entropy then run as one op over the hidden states
 (`fastpeft.ops.linear_cross_entropy`), and ``logits`` in the answer is None. In evaluation, and wherever ``logits`` may
-be read, the class's own forward runs; ``skip_logits=True`` or ``False`` decides otherwise.
+be read, the class's own forward runs; ``skip_logits=True`` or ``False`` decides otherwise. ``count_correct=True`` asks
+how many targets have the greatest logit, which costs a further product over the vocabulary.
 """
 
 from __future__ import annotations
@@ -25,6 +26,18 @@ from fastpeft.models.structure import Random, Unknown, difference, probing, shal
 from fastpeft.ops import linear_cross_entropy
 
 _IGNORE_INDEX = -100
+_COUNTED_BYTES = 256 << 20  # of logits at a time
+
+
+@dataclass
+class LossOutput(CausalLMOutputWithPast):
+    """The answer with a loss and without logits.
+
+    Attributes:
+        correct: how many targets have the greatest logit, ``()`` int64, where it was asked for.
+    """
+
+    correct: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -119,28 +132,55 @@ def _confirm(module: nn.Module, structure: CausalLM) -> None:
             own = probed(input_ids=ids.clamp(min=0), labels=ids, **extra)
             if type(own) is not CausalLMOutputWithPast or own.loss is None:
                 raise Unknown(f"it answers with a {type(own).__name__}")
-            loss = _loss(structure, getattr(module, structure.head), hidden, ids, extra)
+            loss = _loss(structure, getattr(module, structure.head), hidden, _targets(ids, extra), extra)
         if not difference(loss.float(), own.loss.float()) <= tolerance(hidden):
             raise Unknown("its loss is computed in another way")
 
 
-def _loss(structure: CausalLM, head: nn.Linear, hidden: Tensor, labels: Tensor | None, extra: dict[str, Any]) -> Tensor:
-    """The loss as transformers defines it: a mean over targets, or their sum over ``num_items_in_batch``."""
-    ignore_index = extra.get("ignore_index", _IGNORE_INDEX)
+def _targets(labels: Tensor | None, extra: dict[str, Any]) -> Tensor:
+    """For each place the token after it, as transformers shifts them."""
     targets = extra.get("shift_labels")
     if targets is None:
         assert labels is not None
-        targets = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+        targets = F.pad(labels[..., 1:], (0, 1), value=extra.get("ignore_index", _IGNORE_INDEX))
+    return targets.flatten()
+
+
+def _loss(structure: CausalLM, head: nn.Linear, hidden: Tensor, targets: Tensor, extra: dict[str, Any]) -> Tensor:
+    """The loss as transformers defines it: a mean over targets, or their sum over ``num_items_in_batch``."""
     return linear_cross_entropy(
         hidden.flatten(0, -2),
         head.weight,
-        targets.to(hidden.device).flatten(),
+        targets.to(hidden.device),
         head.bias,
-        ignore_index=ignore_index,
+        ignore_index=extra.get("ignore_index", _IGNORE_INDEX),
         num_items=extra.get("num_items_in_batch"),
         softcap=structure.softcap,
         logit_scale=structure.logit_scale,
     )
+
+
+@torch.no_grad()
+def _count_correct(head: nn.Linear, hidden: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """How many targets have the greatest logit; caps and scales leave the order as it is."""
+    hidden, targets = hidden.detach().flatten(0, -2), targets.to(hidden.device)
+    rows = max(1, _COUNTED_BYTES // (head.weight.shape[0] * hidden.element_size()))
+    correct = targets.new_zeros(())
+    for part, target in zip(hidden.split(rows), targets.split(rows), strict=True):
+        logits = head(part)
+        chosen = logits.gather(-1, target.clamp(min=0)[:, None])[:, 0]
+        correct += ((chosen == logits.amax(-1)) & (target != ignore_index)).sum()
+    return correct
+
+
+def has_fused_loss(model: nn.Module) -> bool:
+    """Whether a model, called with labels, can do without logits.
+
+    Args:
+        model: the causal language model itself, out of any wrapper.
+    """
+    structure = model.__dict__.get(STRUCTURE)
+    return isinstance(structure, CausalLM) and _is_plain(getattr(model, structure.head))
 
 
 def make_forward(own: Callable[..., Any]) -> Callable[..., Any]:
@@ -153,7 +193,9 @@ def make_forward(own: Callable[..., Any]) -> Callable[..., Any]:
     rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
 
     @functools.wraps(own)
-    def forward(self: nn.Module, *args: Any, skip_logits: bool | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: nn.Module, *args: Any, skip_logits: bool | None = None, count_correct: bool = False, **kwargs: Any
+    ) -> Any:
         structure: Any = self.__dict__.get(STRUCTURE)
         head = None if structure is None else getattr(self, structure.head)
         wanted = self.training if skip_logits is None else skip_logits
@@ -173,8 +215,12 @@ def make_forward(own: Callable[..., Any]) -> Callable[..., Any]:
             hidden = hidden[:, keep]
         elif keep:
             hidden = hidden[:, -keep:]
-        loss = _loss(structure, head, hidden, labels, extra)
+        targets = _targets(labels, extra)
+        loss = _loss(structure, head, hidden, targets, extra)
+        correct = None
+        if count_correct:
+            correct = _count_correct(head, hidden, targets, extra.get("ignore_index", _IGNORE_INDEX))
         others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
-        return CausalLMOutputWithPast(loss=loss, logits=None, **others)  # type: ignore[arg-type]
+        return LossOutput(loss=loss, logits=None, correct=correct, **others)  # type: ignore[arg-type]
 
     return forward

@@ -129,16 +129,16 @@ class _Work:
         self.kwargs = {name: value for name, value in kwargs.items() if name != _POSITIONS}
         self.positions = kwargs[_POSITIONS]
         self.attention, self.mlp = layer.self_attn, layer.mlp
-        # Where the down-projection's output is only added to the stream, its value makes no difference to a gradient.
-        self.tape = _Tape(plan.outputs, () if self.structure.after else (_DOWN,))
         first = [(self.attention, name) for name in self.own.projections]
         second = [(self.attention, _OUT), *((self.mlp, name) for name in (*self.gated.projections, _DOWN))]
         norms = [layer.input_layernorm, *(getattr(self.attention, name) for name in self.own.norms)]
         others = [getattr(layer, name) for name in (self.structure.before_mlp, *self.structure.after)]
-        known = [product_of(owner._modules[name]) is not None for owner, name in (*first, *second)]
-        self.repeats_random = layer.training and not all(known)
-        self.before = _trained(norms, first)
-        self.after = _trained(others, second)
+        products = {name: product_of(owner._modules[name]) for owner, name in (*first, *second)}
+        # Where the down-projection's output is only added to the stream, its value makes no difference to a gradient.
+        self.tape = _Tape(products, plan.outputs, () if self.structure.after else (_DOWN,))
+        self.repeats_random = layer.training and None in products.values()
+        self.before = _trained(norms, first, products)
+        self.after = _trained(others, second, products)
         self.parameters = (*self.before, *self.after)
         self.edge: GradientEdge | None = None
         self.out: Kept | None = None
@@ -257,30 +257,32 @@ class _Work:
 class _Tape:
     """Runs a layer's linear layers: the forward remembers what the backward replays."""
 
-    def __init__(self, keep: frozenset[str], unread: tuple[str, ...]) -> None:
-        self._keep, self._unread = keep, unread
+    def __init__(self, products: dict[str, Product | None], keep: frozenset[str], unread: tuple[str, ...]) -> None:
+        self._products, self._keep, self._unread = products, keep, unread
         self._seen: dict[tuple[str, ...], Seen] = {}
         self.replaying = False
 
     def linear(self, owner: nn.Module, names: tuple[str, ...], x: Tensor) -> list[Tensor]:
         """Apply the linear layers that stand in ``owner`` under ``names``, together where they can be."""
-        products = [product_of(owner._modules[name]) for name in names]
-        if sharing(products):
-            return self._apply(owner, names, products, x)
-        pairs = zip(names, products, strict=True)
-        return [y for name, product in pairs for y in self._apply(owner, (name,), [product], x)]
+        products = sharing([self._products[name] for name in names])
+        if products is not None:
+            return self._apply(names, products, x)
+        outputs: list[Tensor] = []
+        for name in names:
+            product = self._products[name]
+            outputs += [getattr(owner, name)(x)] if product is None else self._apply((name,), [product], x)
+        return outputs
 
-    def _apply(
-        self, owner: nn.Module, names: tuple[str, ...], products: Sequence[Product | None], x: Tensor
-    ) -> list[Tensor]:
-        known = [product for product in products if product is not None]
-        if not known or (self.replaying and names not in self._seen):
-            return [getattr(owner, name)(x) for name in names]
+    def _apply(self, names: tuple[str, ...], products: list[Product], x: Tensor) -> list[Tensor]:
         if self.replaying:
-            return replay(known, x, self._seen.pop(names))
+            return replay(products, x, self._seen.pop(names))
         keep, is_read = all(name in self._keep for name in names), any(name not in self._unread for name in names)
-        ys, self._seen[names] = run(known, x, keep, is_read)
+        ys, self._seen[names] = run(products, x, keep, is_read)
         return ys
+
+    def owns(self, names: tuple[str, ...]) -> bool:
+        """Whether the outputs of these layers are made for one backward, which may write over them."""
+        return self.replaying and all(self._products[name] is not None for name in names)
 
 
 class _AttentionNode:
@@ -300,7 +302,8 @@ class _AttentionNode:
 
     def forget(self, sources: dict[str, Tensor], mask: Tensor | None) -> int:
         """Let go of saved tensors that are views of these; gives the bytes held besides them and the mask."""
-        places = {_place(tensor): name for name, tensor in sources.items()}
+        # The output may come back from host memory as a tensor of its own; a view of it must then mean the same.
+        places = {_place(tensor): name for name, tensor in sources.items() if name != "out" or _is_whole(tensor)}
         held = {} if mask is None else {_place(mask): 0}
         for box in self._boxes:
             assert box.tensor is not None
@@ -315,6 +318,10 @@ class _AttentionNode:
 
 def _place(tensor: Tensor) -> tuple[torch.device, int]:
     return tensor.device, tensor.untyped_storage().data_ptr()
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() and tensor.nbytes == tensor.untyped_storage().nbytes()
 
 
 class _Box:
@@ -390,11 +397,12 @@ def _with_random_state(state: tuple[Tensor, Tensor | None, torch.device] | None)
         yield
 
 
-def _trained(modules: Sequence[Any], sites: Sequence[tuple[Any, str]]) -> tuple[Tensor, ...]:
+def _trained(
+    modules: Sequence[Any], sites: Sequence[tuple[Any, str]], products: dict[str, Product | None]
+) -> tuple[Tensor, ...]:
     """Parameters with a gradient, each once."""
     found = [p for module in modules for p in module.parameters()]
     for owner, name in sites:
-        module = owner._modules[name]
-        product = product_of(module)
-        found += module.parameters() if product is None else product.parameters
+        product = products[name]
+        found += owner._modules[name].parameters() if product is None else product.parameters
     return tuple(dict.fromkeys(p for p in found if p.requires_grad))

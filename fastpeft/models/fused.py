@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastpeft.models.replay import product_of, sharing, together
 from fastpeft.models.structure import MLP, Attention, Layer, Norm
 from fastpeft.ops import geglu, rms_norm, rope, swiglu
+from fastpeft.ops.glu import glu_consuming
 
 STRUCTURE = "_fastpeft"
 CHECKPOINTING = "_fastpeft_checkpointing"
@@ -31,6 +32,9 @@ class Tape(Protocol):
 
     def linear(self, owner: nn.Module, names: tuple[str, ...], x: Tensor) -> list[Tensor]:
         """Apply the linear layers that stand in ``owner`` under ``names``."""
+
+    def owns(self, names: tuple[str, ...]) -> bool:
+        """Whether the outputs of these layers are made for one backward, which may write over them."""
 
 
 def project(owner: nn.Module, names: tuple[str, ...], x: Tensor, tape: Tape | None = None) -> list[Tensor]:
@@ -107,6 +111,8 @@ def mlp_hidden(mlp: nn.Module, structure: MLP, x: Tensor, tape: Tape | None = No
     """What the down-projection of a gated MLP reads."""
     outputs = project(mlp, structure.projections, x, tape)
     gate, up = outputs if len(outputs) == 2 else (outputs[0], None)
+    if tape is not None and tape.owns(structure.projections):
+        return glu_consuming(gate, up, structure.activation)
     if structure.activation == "silu":
         return swiglu(gate, up)
     return geglu(gate, up, "tanh" if structure.activation == "gelu_tanh" else "none")

@@ -46,6 +46,16 @@ def _glu_fake(gate: Tensor, up: Tensor | None, kind: int) -> Tensor:
 
 def _glu_backward(dy: Tensor, gate: Tensor, up: Tensor | None, kind: int) -> tuple[Tensor, Tensor]:
     dgate, dup = _glu_backward_fake(dy, gate, up, kind)
+    _write_gradients(dy, gate, up, dgate, dup, kind)
+    return dgate, dup
+
+
+def _glu_backward_(dy: Tensor, gate: Tensor, up: Tensor | None, kind: int) -> None:
+    _write_gradients(dy, gate, up, gate, gate if up is None else up, kind)
+
+
+def _write_gradients(dy: Tensor, gate: Tensor, up: Tensor | None, dgate: Tensor, dup: Tensor, kind: int) -> None:
+    """The kernels read an element's inputs before they write its gradients, so that both may be the same memory."""
     dy_rows, gate_rows, up_rows = (
         native.row_view(dy),
         native.row_view(gate),
@@ -64,7 +74,6 @@ def _glu_backward(dy: Tensor, gate: Tensor, up: Tensor | None, kind: int) -> tup
         *_halves(gate_rows, up_rows),
         *grads,
     )
-    return dgate, dup
 
 
 def _glu_backward_fake(dy: Tensor, gate: Tensor, up: Tensor | None, kind: int) -> tuple[Tensor, Tensor]:
@@ -74,6 +83,13 @@ def _glu_backward_fake(dy: Tensor, gate: Tensor, up: Tensor | None, kind: int) -
 native.define("glu(Tensor gate, Tensor? up, int kind) -> Tensor", _glu, _glu_fake)
 native.define(
     "glu_backward(Tensor dy, Tensor gate, Tensor? up, int kind) -> (Tensor, Tensor)", _glu_backward, _glu_backward_fake
+)
+
+
+native.define(
+    "glu_backward_(Tensor dy, Tensor(a!) gate, Tensor(b!)? up, int kind) -> ()",
+    _glu_backward_,
+    lambda dy, gate, up, kind: None,
 )
 
 
@@ -91,6 +107,34 @@ class _Glu(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         dgate, dup = torch.ops.fastpeft.glu_backward(dy, gate, up, ctx.kind)
         return dgate, None if up is None else dup, None
+
+
+class _GluInPlace(_Glu):
+    """Writes the gradients over gate and up, which nobody reads afterwards."""
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = (None if saved is None else saved.detach() for saved in ctx.saved_tensors)
+        torch.ops.fastpeft.glu_backward_(dy, gate, up, ctx.kind)
+        return gate, up, None
+
+
+def glu_consuming(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
+    """`swiglu` or `geglu` whose backward writes the gradients into the memory of its inputs.
+
+    Args:
+        gate: as for ``swiglu``; contiguous, recomputed for this one backward.
+        up: likewise.
+        activation: ``silu``, ``gelu_tanh`` or ``gelu``.
+    Returns:
+        As ``swiglu``.
+    """
+    kind = {"silu": _SILU, "gelu_tanh": _GELU["tanh"], "gelu": _GELU["none"]}[activation]
+    if not gate.is_contiguous() or (up is not None and not up.is_contiguous()):
+        return _apply("glu_consuming", gate, up, kind)
+    out: Tensor = _GluInPlace.apply(gate, up, kind)  # type: ignore[no-untyped-call]
+    return out
 
 
 def _apply(function: str, gate: Tensor, up: Tensor | None, kind: int) -> Tensor:

@@ -19,10 +19,12 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import torch
 import yaml
 
 from fastpeft.errors import UserError, did_you_mean
 from fastpeft.methods import LoraConfig
+from fastpeft.models.accelerate import check_checkpointing
 from fastpeft.recipes.yaml_file import Settings, read_settings, shown
 from fastpeft.trainers import SFTConfig
 
@@ -65,6 +67,10 @@ class ModelConfig:
         double_quant: quantise the NF4 scales too.
         block_size: weights that share one NF4 scale.
         skip_modules: names of further linear layers to leave unquantised.
+        accelerate: put fused blocks into the model for training; null does so on a GPU.
+        checkpointing: what the fused layers recompute in backward: "full", "selective", "offload" or "none"; null
+            leaves it to ``train.gradient_checkpointing``, which means "full".
+        activation_budget_gb: with "selective", gigabytes that activations may take.
     """
 
     path: str
@@ -74,6 +80,13 @@ class ModelConfig:
     double_quant: bool = True
     block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
     skip_modules: list[str] = dataclasses.field(default_factory=list)
+    accelerate: bool | None = None
+    checkpointing: Literal["full", "selective", "offload", "none"] | None = None
+    activation_budget_gb: float | None = None
+
+    def accelerates(self, device: torch.device) -> bool:
+        """Whether a model on this device gets fused blocks."""
+        return device.type == "cuda" if self.accelerate is None else self.accelerate
 
 
 @dataclass(frozen=True)
@@ -195,7 +208,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
     method = peft.pop("method", "lora")
     lora = _lora_config(settings, peft)
-    model_config = ModelConfig(**model)
+    model_config = _model_config(settings, model)
     if method == "none" and model_config.quantize != "none":
         raise UserError(
             f"{settings.origin('peft', 'method')}: peft.method none trains all weights, and model.quantize "
@@ -362,6 +375,22 @@ def _resolve_output_dir(settings: Settings, train: dict[str, Any], problems: lis
         train["output_dir"] = str(Path(given).expanduser().resolve())
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, the home of nobody, a zero byte
         problems.append(f"{where}: train.output_dir {given}: it cannot be a folder: {error}")
+
+
+def _model_config(settings: Settings, values: dict[str, Any]) -> ModelConfig:
+    config = ModelConfig(**values)
+    told = next((key for key in ("activation_budget_gb", "checkpointing") if values.get(key) is not None), None)
+    if told is None:
+        return config
+    where = settings.origin("model", told)
+    if config.accelerate is False:
+        raise UserError(f"{where}: model.{told} is about fused layers, and model.accelerate is false; set it to true")
+    mode = config.checkpointing or ("selective" if config.activation_budget_gb is not None else None)
+    try:
+        check_checkpointing(mode, config.activation_budget_gb)
+    except UserError as error:
+        raise UserError(f"{where}: {str(error).replace('accelerate: ', 'model.', 1)}") from error
+    return config
 
 
 def _lora_config(settings: Settings, values: dict[str, Any]) -> LoraConfig:

@@ -19,6 +19,7 @@ from fastpeft.data import SFTDataset, build_sft_dataset
 from fastpeft.errors import UserError
 from fastpeft.methods import get_peft_model
 from fastpeft.methods.inject import plan_adapter
+from fastpeft.models import accelerate, report
 from fastpeft.recipes.load import check_device, load_tokenizer, load_weights, model_skeleton, read_config
 from fastpeft.recipes.plot import plot_run
 from fastpeft.recipes.run_folder import (
@@ -69,6 +70,10 @@ def run_sft(config: RunConfig, say: Callable[[str], None] | None = None) -> Path
     say(f"loading {config.model.path}")
     with _complaints_name_lines(config, "model"):
         base = load_weights(config.model, base_config, tokenizer, args.device)
+    if config.model.accelerates(args.device):
+        options = config.model.checkpointing, config.model.activation_budget_gb
+        accelerate(base, checkpointing=options[0], activation_budget_gb=options[1])
+        say(str(report(base)))
     transformers.set_seed(args.seed)  # the adapter's first values
     with _complaints_name_lines(config, "peft"):
         model = base if config.peft.lora is None else get_peft_model(base, config.peft.lora)

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from fastpeft.data import IGNORE_INDEX, SFTCollator, SFTDataset, build_sft_dataset
 from fastpeft.errors import UserError
+from fastpeft.models import has_fused_loss, report
 from fastpeft.trainers.base import BaseTrainer
 from fastpeft.trainers.config import BaseConfig
 from fastpeft.trainers.losses import token_nll
@@ -96,6 +98,7 @@ class SFTTrainer(BaseTrainer):
             optimizers=optimizers,
         )
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        self._base = base
         self._selects_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
         self._eval_meter = Meter(self.args.device)
 
@@ -167,15 +170,20 @@ class SFTTrainer(BaseTrainer):
             num_items_in_batch: targets of the whole step; those of this micro-batch if None.
         """
         nll, targets, correct, outputs = self._forward(model, inputs)
-        self.meter.add("mean_token_accuracy", correct, targets)
+        if correct is not None:
+            self.meter.add("mean_token_accuracy", correct, targets)
         self.meter.add("tokens", inputs["attention_mask"].sum())
         # DDP averages gradients over the processes, and the loss is a sum over them.
         scale = 1 if num_items_in_batch is None else self.accelerator.num_processes
         loss = nll * scale / (targets if num_items_in_batch is None else num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
-    def _forward(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Any]:
-        """Run the model, its output layer only where a target follows, and sum the loss: `token_nll`, and outputs."""
+    def _forward(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Any]:
+        """Run the model, its output layer only where a target follows, and sum the loss: `token_nll`, and outputs.
+
+        An accelerated model gives the loss without logits while it trains; how many targets were met is then counted
+        in the steps that are logged, as it costs a further product over the vocabulary.
+        """
         labels = inputs["labels"]
         positions = inputs.get("loss_positions")
         arguments: dict[str, Any] = {k: v for k, v in inputs.items() if k not in ("labels", "loss_positions")}
@@ -183,11 +191,27 @@ class SFTTrainer(BaseTrainer):
             positions = torch.arange(labels.shape[1] - 1, device=labels.device)
         elif self._selects_logits:
             arguments["logits_to_keep"] = positions
+        if self._base.training and self._selects_logits and has_fused_loss(self._base):
+            targets = labels[:, positions + 1]
+            arguments.update(labels=labels, shift_labels=targets, logits_to_keep=positions, num_items_in_batch=1)
+            found = report(self._base)
+            if isinstance(self.data_collator, SFTCollator) and found is not None and "attention" in found.replaced:
+                del arguments["attention_mask"]  # it pads on the right, where no causal attention looks
+            count = (targets != IGNORE_INDEX).sum()
+            outputs = model(**arguments, use_cache=False, skip_logits=True, count_correct=self._is_logged())
+            return outputs.loss, count, outputs.correct, outputs
         outputs = model(**arguments, use_cache=False)
         logits = outputs.logits
         if "logits_to_keep" not in arguments:
             logits = logits[:, positions]
         return (*token_nll(logits, labels[:, positions + 1]), outputs)
+
+    def _is_logged(self) -> bool:
+        """Whether the step that is running ends with a log line."""
+        step, args = self.state.global_step + 1, self.args
+        if args.logging_strategy != IntervalStrategy.STEPS or step >= self.state.max_steps:
+            return True
+        return bool(step % max(1, self.state.logging_steps) == 0 or (step == 1 and args.logging_first_step))
 
     # Evaluation.
 
@@ -221,7 +245,8 @@ class SFTTrainer(BaseTrainer):
         with torch.no_grad():
             nll, targets, correct, _ = self._forward(model, self._prepare_inputs(inputs))
         self._eval_meter.add("loss", nll, targets)
-        self._eval_meter.add("mean_token_accuracy", correct, targets)
+        if correct is not None:
+            self._eval_meter.add("mean_token_accuracy", correct, targets)
         return nll / targets, None, None
 
 

@@ -32,6 +32,15 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_an_accelerated_run_learns_the_same(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for name, options in (("a", []), ("b", ["model.accelerate=true", "model.checkpointing=full"])):
+        assert run("sft", "job.yaml", f"train.output_dir={name}", "model.dtype=float32", *options) == 0
+        found.append([row["loss"] for row in metrics(job / name) if "loss" in row])
+        assert ("2 layer, 1 loss" in capsys.readouterr().out) == bool(options)
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_from_yaml_to_answers(
     job: Path, rows: list[dict[str, str]], write_rows, capsys: pytest.CaptureFixture[str], quantize: str

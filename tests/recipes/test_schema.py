@@ -66,6 +66,17 @@ def test_an_evaluation_file_is_used(job: Path):
             "  zzz:",
             "job.yaml:11: unknown key 'zzz' in data; the keys are train, eval, max_length, on_bad_row",
         ),
+        (
+            "dtype: float32",
+            "activation_budget_gb: -3",
+            "job.yaml:3: model.activation_budget_gb is -3 with checkpointing='selective'; a budget is a number "
+            "of gigabytes above 0, for checkpointing='selective'",
+        ),
+        (
+            "dtype: float32",
+            "accelerate: false\n  checkpointing: full",
+            "job.yaml:4: model.checkpointing is about fused layers, and model.accelerate is false; set it to true",
+        ),
         ("r: 4", "r: four", "job.yaml:6: peft.r is 'four' (text); it takes a whole number"),
         ("r: 4", "r: true", "job.yaml:6: peft.r is true; it takes a whole number"),
         ("r: 4", "r: 4.5", "job.yaml:6: peft.r is 4.5; it takes a whole number"),

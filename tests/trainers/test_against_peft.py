@@ -61,7 +61,8 @@ def losses(trainer: Trainer) -> torch.Tensor:
     return torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
 
 
-def test_fifty_steps_follow_transformers_and_peft(tmp_path: Path) -> None:
+@pytest.mark.parametrize("accelerated", [False, True], ids=["", "accelerated"])
+def test_fifty_steps_follow_transformers_and_peft(tmp_path: Path, accelerated: bool) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -75,6 +76,8 @@ def test_fifty_steps_follow_transformers_and_peft(tmp_path: Path) -> None:
     )
     base = fastpeft.quantize(LlamaForCausalLM(config))
     theirs = peft.get_peft_model(dequantized(base), peft.LoraConfig(**LORA))
+    if accelerated:
+        fastpeft.accelerate(base, checkpointing="full")
     ours = fastpeft.get_peft_model(base, fastpeft.LoraConfig(**LORA))
     start = {name: value for name, value in theirs.state_dict().items() if "lora_" in name}
     unknown = ours.load_state_dict(start, strict=False).unexpected_keys
