@@ -104,8 +104,9 @@ def accelerate(
     Works on Llama, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3 (text), Phi-3, SmolLM2 and whatever has their structure:
     RMS norms (with the residual sum before them), rotary positions, gated MLPs, and the loss in training, which is then
     computed without logits (``logits`` is None; ``model(..., skip_logits=False)`` gives both). State dict, module
-    names, adapters (before or after), `generate` and gradient checkpointing work as before. A second call does what the
-    first one left out.
+    names, adapters (before or after), `generate` and gradient checkpointing work as before. LoRA layers that share an
+    input, such as q, k and v, are computed together under one dropout mask, where their dropout is equal. A second call
+    does what the first one left out.
 
     Args:
         model: a loaded model, with or without adapters.

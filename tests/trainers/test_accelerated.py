@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from trainers.tiny import MODELS, losses_of
+from trainers.tiny import MODELS, losses_of, tiny_llama, tiny_lora
 
 import fastpeft
 from fastpeft.models.fused import CHECKPOINTING
@@ -21,11 +21,19 @@ def logged(trainer: SFTTrainer, name: str) -> list[float]:
     return [line[name] for line in trainer.state.log_history if name in line]
 
 
-@pytest.mark.parametrize("kind", MODELS)
+# Without dropout: accelerated layers that share an input share a mask, plain ones draw one each.
+STILL: dict[str, Callable[[], nn.Module]] = {
+    "full": tiny_llama,
+    "lora": lambda: tiny_lora(dropout=0.0),
+    "lora-nf4": lambda: tiny_lora(quantized=True, dropout=0.0),
+}
+
+
+@pytest.mark.parametrize("kind", STILL)
 def test_losses_and_metrics_are_those_of_the_plain_model(make_trainer: MakeTrainer, rows: Any, kind: str) -> None:
     options = {"eval_dataset": rows, "eval_strategy": "steps", "eval_steps": 2, "gradient_accumulation_steps": 2}
-    plain = make_trainer(kind, "plain", **options)
-    fused = make_trainer(fastpeft.accelerate(MODELS[kind]()), "fused", **options)
+    plain = make_trainer(STILL[kind](), "plain", **options)
+    fused = make_trainer(fastpeft.accelerate(STILL[kind]()), "fused", **options)
     plain.train(), fused.train()
     assert losses_of(fused) == pytest.approx(losses_of(plain), rel=1e-4)
     for name in ("mean_token_accuracy", "num_tokens", "eval_loss", "eval_mean_token_accuracy"):
