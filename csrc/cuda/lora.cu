@@ -6,11 +6,13 @@
 #include "fastpeft/lora.h"
 
 #include "cuda/device/launch.cuh"
+#include "cuda/device/tensor_map.cuh"
 #include "cuda/lora_backward_kernel.cuh"
 #include "cuda/lora_cast.cuh"
 #include "cuda/lora_gradient_kernel.cuh"
 #include "cuda/lora_plan.h"
 #include "cuda/lora_project_kernel.cuh"
+#include "cuda/lora_project_tma_kernel.cuh"
 
 namespace fastpeft::cuda {
 namespace {
@@ -37,30 +39,41 @@ void check_aligned(const char* function, std::initializer_list<const void*> poin
 
 // --- down-projection -------------------------------------------------------------------------------------------------
 
-template <typename T, int kTiles>
-void launch_project(const lora_xa::Problem& p, const lora_xa::Plan& plan, const Context& context) {
-  const auto go = [&](auto kernel) {
-    launch([&] { return concat("lora_project of m = ", p.m, ", k = ", p.k, ", rank ", p.r); }, kernel,
+template <typename T, int kTiles, bool kDropout>
+void launch_project(const lora_xa::Problem& p, const lora_xa::Plan& plan, DType dtype, const Context& context) {
+  const auto what = [&] { return concat("lora_project of m = ", p.m, ", k = ", p.k, ", rank ", p.r); };
+  if (device_limits().wgmma) {
+    launch(what, lora_xa::tma_kernel<T, kTiles, kDropout>,
+           Grid{.blocks = static_cast<unsigned>(plan.blocks),
+                .threads = lora_xa::TmaConfig<kTiles>::kTmaThreads,
+                .smem_bytes = lora_xa::TmaConfig<kTiles>::kBytes,
+                .cluster = static_cast<unsigned>(plan.cluster),
+                .overlap_launch = true},
+           context, activation_map(dtype, p.x, p.m, p.k, lora_xa::kTokens),
+           activation_map(dtype, p.a, p.r, p.k, lora_xa::TmaConfig<kTiles>::kRank), p);
+  } else {
+    launch(what, lora_xa::kernel<T, kTiles, kDropout>,
            Grid{.blocks = static_cast<unsigned>(plan.blocks),
                 .threads = lora_xa::kThreads,
-                .smem_bytes = lora_xa::Config<kTiles>::kBytes,
-                .cluster = static_cast<unsigned>(plan.cluster),
-                .overlap_launch = device_limits().wgmma},
+                .smem_bytes = lora_xa::Config<kTiles>::kBytes},
            context, p);
-  };
+  }
+}
+
+template <typename T, int kTiles>
+void launch_project(const lora_xa::Problem& p, const lora_xa::Plan& plan, DType dtype, const Context& context) {
   if (p.mask.threshold_twice != 0) {
-    go(lora_xa::kernel<T, kTiles, true>);
+    launch_project<T, kTiles, true>(p, plan, dtype, context);
   } else {
-    go(lora_xa::kernel<T, kTiles, false>);
+    launch_project<T, kTiles, false>(p, plan, dtype, context);
   }
 }
 
 template <typename T>
-void choose_project(const lora_xa::Problem& p, const lora_xa::Plan& plan, const Context& context) {
-  if (p.r <= 16) return launch_project<T, 2>(p, plan, context);
-  if (p.r <= 32) return launch_project<T, 4>(p, plan, context);
-  if (p.r <= 48) return launch_project<T, 6>(p, plan, context);
-  return launch_project<T, 8>(p, plan, context);
+void choose_project(const lora_xa::Problem& p, const lora_xa::Plan& plan, DType dtype, const Context& context) {
+  if (p.r <= 16) return launch_project<T, 2>(p, plan, dtype, context);
+  if (p.r <= 32) return launch_project<T, 4>(p, plan, dtype, context);
+  return launch_project<T, 8>(p, plan, dtype, context);
 }
 
 template <typename T>
@@ -141,7 +154,7 @@ void lora_project(const LoraProjectArgs& args, const Context& context) {
       p.xa_pitch = static_cast<int>(rank);
       p.mask = make_mask(args.p, args.seed);
       p.tiles = plan.tiles, p.chunks = plan.chunks;
-      choose_project<T>(p, plan, context);
+      choose_project<T>(p, plan, args.dtype, context);
     }
   });
 }

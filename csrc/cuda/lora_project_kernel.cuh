@@ -1,10 +1,10 @@
-// Down-projection of a LoRA linear: xa[m, r] = scale * (keep * x[m, k]) A16[r, k]^T, one read of x.
+// Down-projection of a LoRA linear: xa[m, r] = scale * (keep * x[m, k]) A16[r, k]^T, one read of x. For any device;
+// Hopper's own is lora_project_tma_kernel.cuh.
 //
 // Layout   x, A16, xa: T, row-major; k % 8 == 0, r % 8 == 0, rows at 16-byte boundaries
-// Plan     A warp owns 32 tokens, a thread block 256; the blocks of a cluster divide the depth and add their sums in
-//          order through each other's shared memory. x and A16 go by cp.async into a deep ring. As tokens and the order
-//          of the depth may be dealt out freely, a lane takes of a chunk sixteen neighbouring elements of the four
-//          tokens that share calls of the mask's generator: eight calls for 64 elements.
+// Plan     A warp owns 32 tokens, a thread block 256; x and A16 go by cp.async into a ring. As tokens and the order of
+//          the depth may be dealt out freely, a lane takes of a chunk sixteen neighbouring elements of the four tokens
+//          that share calls of the mask's generator: eight calls for 64 elements.
 //          x is asked for before the kernel before has ended: that one copies A16 (lora_cast.cuh) and has itself waited
 //          for what made x.
 // Source   fragment layout: PTX ISA, mma.m16n8k16.
@@ -31,16 +31,14 @@ struct Problem {
 };
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kSmem = 226 * 1024;
+constexpr int kSmem = 160 * 1024;
 
 template <int kTiles>  // of eight columns
 struct Config {
   static constexpr int kRank = 8 * kTiles;
   static constexpr int kXBytes = kTokens * kChunk * 2, kABytes = kRank * kChunk * 2, kStageBytes = kXBytes + kABytes;
-  static constexpr int kSumPitch = kRank + 4;  // of the sums [token][column], in floats
-  static constexpr int kSumBytes = kTokens * kSumPitch * 4;
-  static constexpr int kStages = (kSmem - kSumBytes) / kStageBytes;
-  static constexpr unsigned kBytes = kStages * kStageBytes + kSumBytes;
+  static constexpr int kStages = kSmem / kStageBytes;
+  static constexpr unsigned kBytes = kStages * kStageBytes;
   static_assert(kStages >= 3);
 };
 
@@ -52,6 +50,26 @@ __device__ inline uint32_t a_at(int row, int sixteen) {
   return static_cast<uint32_t>(row * 128 + ((sixteen ^ (row % 8)) * 16));
 }
 
+// A lane's sixteen elements of a chunk of its four tokens, by its sixteen of A's rows. Product s takes four of them
+// from 4s. Rows g and g + 8 of tile i are the lane's tokens x[2i] and x[2i + 1].
+template <typename T, int kTiles>
+__device__ inline void multiply_chunk(const uint32_t (&x)[4][8], uint32_t a16, float (&acc)[2][kTiles][4]) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+    const uint4 low = load_shared(a16 + a_at(8 * j + g, 2 * t)), high = load_shared(a16 + a_at(8 * j + g, 2 * t + 1));
+    const uint32_t b[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t a[4] = {x[2 * i][2 * s], x[2 * i + 1][2 * s], x[2 * i][2 * s + 1], x[2 * i + 1][2 * s + 1]};
+        mma_m16n8k16<T>(acc[i][j], a, b[2 * s], b[2 * s + 1]);
+      }
+    }
+  }
+}
+
 // The ring's chunks in the order in which a thread block takes them.
 struct Walk {
   int tile, chunk;
@@ -61,21 +79,17 @@ template <typename T, int kTiles, bool kDropout>
 __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Problem p) {
   using C = Config<kTiles>;
   extern __shared__ __align__(1024) uint8_t smem_raw[];
-  const uint32_t ring = smem_address(smem_raw), sums = ring + C::kStages * C::kStageBytes;
+  const uint32_t ring = smem_address(smem_raw);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int lane_token = warp * 32 + g / 4 * 16 + g % 4 * 2;  // and the next, and those eight further
-  int rank = 0, cluster = 1;
-  if constexpr (kLaunchesOverlap) rank = static_cast<int>(cluster_rank()), cluster = static_cast<int>(cluster_size());
-  const int first_chunk = rank * p.chunks;
-  const int chunks = max(0, min(p.chunks, (p.k + kChunk - 1) / kChunk - first_chunk));
-  const int first_tile = static_cast<int>(blockIdx.x) / cluster, tile_step = static_cast<int>(gridDim.x) / cluster;
+  const int first_tile = static_cast<int>(blockIdx.x), tile_step = static_cast<int>(gridDim.x);
 
   const auto advance = [&](Walk& w) {
-    if (++w.chunk == chunks) w.chunk = 0, w.tile += tile_step;
+    if (++w.chunk == p.chunks) w.chunk = 0, w.tile += tile_step;
   };
   const auto fetch_x = [&](const Walk& w, int stage) {
     const uint32_t to = ring + stage * C::kStageBytes;
-    const int column = (first_chunk + w.chunk) * kChunk + static_cast<int>(threadIdx.x) % 8 * 8;
+    const int column = w.chunk * kChunk + static_cast<int>(threadIdx.x) % 8 * 8;
 #pragma unroll
     for (int i = 0; i < kTokens * 8 / kThreads; ++i) {
       const int token = i * (kThreads / 8) + static_cast<int>(threadIdx.x) / 8, row = w.tile * kTokens + token;
@@ -86,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Pr
   };
   const auto fetch_a = [&](const Walk& w, int stage) {
     const uint32_t to = ring + stage * C::kStageBytes + C::kXBytes;
-    const int column = (first_chunk + w.chunk) * kChunk;
+    const int column = w.chunk * kChunk;
 #pragma unroll
     for (int i = threadIdx.x; i < C::kRank * 8; i += kThreads) {
       const int row = i / 8, at = column + i % 8 * 8;
@@ -96,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Pr
     }
   };
 
-  Walk coming{chunks > 0 ? first_tile : p.tiles, 0};
+  Walk coming{first_tile, 0};
   {
     Walk ahead = coming;
 #pragma unroll 1
@@ -116,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Pr
   int stage = 0;
   for (int tile = first_tile; tile < p.tiles; tile += tile_step) {
     float acc[2][kTiles][4] = {};
-    for (int chunk = 0; chunk < chunks; ++chunk) {
+    for (int chunk = 0; chunk < p.chunks; ++chunk) {
       wait_async<C::kStages - 2>();
       __syncthreads();  // the chunk is complete, and all are done with the stage filled next
       if (coming.tile < p.tiles) {
@@ -139,67 +153,23 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Pr
       }
       if constexpr (kDropout) {
         const int row_call = (tile * kTokens + warp * 32) / kMaskBlock * kMaskRowCalls + g;
-        const int column_call = ((first_chunk + chunk) * kChunk / kMaskBlock + t) * kMaskColumnCalls;
+        const int column_call = (chunk * kChunk / kMaskBlock + t) * kMaskColumnCalls;
         drop_sixteen(x, static_cast<uint32_t>(row_call), static_cast<uint32_t>(column_call), p.mask);
       }
-      // Product s takes elements 4s to 4s + 3 of each lane. Rows g and g + 8 of tile i are the lane's tokens 2i, 2i
-      // + 1.
-#pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
-        const uint4 low = load_shared(here + C::kXBytes + a_at(8 * j + g, 2 * t));
-        const uint4 high = load_shared(here + C::kXBytes + a_at(8 * j + g, 2 * t + 1));
-        const uint32_t b[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-        for (int s = 0; s < 4; ++s) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const uint32_t a[4] = {x[2 * i][2 * s], x[2 * i + 1][2 * s], x[2 * i][2 * s + 1], x[2 * i + 1][2 * s + 1]};
-            mma_m16n8k16<T>(acc[i][j], a, b[2 * s], b[2 * s + 1]);
-          }
-        }
-      }
+      multiply_chunk<T, kTiles>(x, here + C::kXBytes, acc);
     }
 
-    if (cluster == 1) {
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
+    for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int row = tile * kTokens + lane_token + i % 2 + i / 2 * 8;
-          if (8 * j < p.r && row < p.m) {
-            T* to = static_cast<T*>(p.xa) + static_cast<int64_t>(row) * p.xa_pitch + 8 * j + 2 * t;
-            *reinterpret_cast<uint32_t*>(to) =
-                pack_pair<T>(acc[i / 2][j][i % 2 * 2] * p.mask.scale, acc[i / 2][j][i % 2 * 2 + 1] * p.mask.scale);
-          }
+      for (int i = 0; i < 4; ++i) {
+        const int row = tile * kTokens + lane_token + i % 2 + i / 2 * 8;
+        if (8 * j < p.r && row < p.m) {
+          T* to = static_cast<T*>(p.xa) + static_cast<int64_t>(row) * p.xa_pitch + 8 * j + 2 * t;
+          *reinterpret_cast<uint32_t*>(to) =
+              pack_pair<T>(acc[i / 2][j][i % 2 * 2] * p.mask.scale, acc[i / 2][j][i % 2 * 2 + 1] * p.mask.scale);
         }
       }
-      continue;
-    }
-    if constexpr (kLaunchesOverlap) {
-#pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          store_shared_pair(sums + ((lane_token + i % 2 + i / 2 * 8) * C::kSumPitch + 8 * j + 2 * t) * 4,
-                            acc[i / 2][j][i % 2 * 2], acc[i / 2][j][i % 2 * 2 + 1]);
-        }
-      }
-      cluster_sync();
-      const int rows = kTokens / cluster, pairs = p.r / 2;
-      for (int i = threadIdx.x; i < rows * pairs; i += kThreads) {
-        const int token = rank * rows + i / pairs, pair = i % pairs;
-        float2 sum{0.0f, 0.0f};
-        for (int other = 0; other < cluster; ++other) {
-          const float2 part =
-              load_cluster_pair(shared_of(static_cast<uint32_t>(other), sums + (token * C::kSumPitch + 2 * pair) * 4));
-          sum.x += part.x, sum.y += part.y;
-        }
-        if (tile * kTokens + token < p.m) {
-          T* to = static_cast<T*>(p.xa) + static_cast<int64_t>(tile * kTokens + token) * p.xa_pitch + 2 * pair;
-          *reinterpret_cast<uint32_t*>(to) = pack_pair<T>(sum.x * p.mask.scale, sum.y * p.mask.scale);
-        }
-      }
-      cluster_sync();  // nobody overwrites, or leaves with, what another still reads
     }
   }
   wait_async<0>();

@@ -1,13 +1,16 @@
 // What the tile kernel needs for a low-rank adapter: y += xa[m, r] B^T forward, and, backward, dx += drop(dxa[m, r] A).
 //
-// Plan     An item that ends the depth takes one more chunk, of the rank instead of the depth: TMA brings xa and the
-//          adapter's 16-bit matrix into a stage, 64 of the rank at a time, where the others hold x and decoded weights.
-//          It comes last, so that what comes before need not wait for xa.
-//          Without dropout its products go straight into the sums, behind the loop over the depth: a condition inside
-//          that loop makes the compiler end wgmma's groups there, and the wait for the step before becomes one for all.
-//          With dropout they are made a few at a time and added where the mask keeps them. The mask's bits are drawn
-//          while the tensor cores are at work on the base: a call of the generator every second step, whose eight
-//          elements are eight of the thread's own sums (fastpeft/dropout.h).
+// Plan     The rank is taken in pieces of 16, by the warpgroups that multiply and nobody else: each brings a piece of
+// xa
+//          into its own half of the tile that stores of y go through, which is free from one item's store to the next,
+//          and reads its 64 rows of the adapter's matrix straight into registers, where wgmma takes them. An item that
+//          ends the depth asks for a piece, does one more chunk meanwhile and adds the piece's product. The ring of x
+//          and decoded weights takes no part: it used to hold the adapter's operands as one more chunk, and ran empty
+//          there at the end of every item. Pieces come last, so that what comes before need not wait for xa; where xa
+//          is still being made they come behind the item's last chunk. With dropout a piece's products are made a few
+//          at a time and added where the mask keeps them. The mask's bits are drawn while the tensor cores are at work
+//          on the base: half a call of the generator every step, whose eight elements are eight of the thread's own
+//          sums (fastpeft/dropout.h).
 #pragma once
 
 #include <cuda.h>
@@ -22,14 +25,48 @@ struct NoAdapter {
   static constexpr int r = 0;
 };
 
+constexpr int kPieceRank = 16;
+
 struct Adapter {
-  CUtensorMap xa;      // T [m, r]
-  CUtensorMap factor;  // T: forward B times the scale, [n, r]; backward A, [r, k]
-  int r;               // of the maps' columns or rows that count
+  CUtensorMap xa;      // T [m, r], in boxes of kPieceRank columns under the 32-byte swizzle
+  const void* factor;  // T: forward B times the scale, [out, r]; backward A, [r, out]
+  int r;               // a multiple of 8
   Mask mask;
   bool add_to_y;  // y += instead of y =
-  bool early;     // the kernel before makes xa and nothing else that is read here, and may still be running
+  bool early;     // forward: the kernel before makes xa and nothing else that is read here, and may still be running
 };
+
+// A warp's 16 rows of a piece of the adapter's matrix, into L1: early, in no register.
+template <bool kBackward>
+__device__ inline void prefetch_factor(const Adapter& adapter, int out, int first_row, int first_rank, int lane) {
+  const int row = first_row + (kBackward ? 0 : lane), rank = first_rank + (kBackward ? lane : 0);
+  if (lane < 16 && row < out && rank < adapter.r) {
+    prefetch_l1(static_cast<const uint16_t*>(adapter.factor) +
+                (kBackward ? static_cast<int64_t>(rank) * out + row : static_cast<int64_t>(row) * adapter.r + rank));
+  }
+}
+
+// The same as wgmma's and mma.sync's first operand: of lane 4g + t rows g and g + 8, elements 2t, 2t + 1, 2t + 8 and
+// 2t + 9 of the piece.
+template <bool kBackward>
+__device__ inline void load_factor(const Adapter& adapter, int out, int first_row, int first_rank, int lane,
+                                   uint32_t (&to)[4]) {
+  const auto* from = static_cast<const uint16_t*>(adapter.factor);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int row = first_row + lane / 4 + i % 2 * 8, rank = first_rank + lane % 4 * 2 + i / 2 * 8;
+    uint32_t low = 0, high = 0;
+    if (row < out && rank < adapter.r) {
+      if constexpr (kBackward) {
+        const uint16_t* at = from + static_cast<int64_t>(rank) * out + row;
+        low = load_2(at), high = load_2(at + out);
+      } else {
+        low = load_word(from + static_cast<int64_t>(row) * adapter.r + rank);
+      }
+    }
+    to[i] = low | high << 16;
+  }
+}
 
 // Bits of one thread's share of the mask of a tile of kTokens tokens.
 //
@@ -40,7 +77,8 @@ struct MaskBits {
   static constexpr int kCalls = kTokens / kMaskBlock;
   static constexpr int kWords = kTokens / 64;
 
-  uint32_t row_call, column_call;  // of the next call
+  uint32_t row_call, column_call;  // of the first call
+  Philox4 call;                    // half done
   uint32_t words[kWords];          // the last of them the newest
   int calls;
 
@@ -53,19 +91,37 @@ struct MaskBits {
     for (int i = 0; i < kWords; ++i) words[i] = 0;
   }
 
-  __device__ void draw(const Mask& mask) {
+  // As if new: what the compiler makes of it once for all calls would take registers throughout.
+  template <typename V>
+  __device__ static V fresh(V value) {
+    if constexpr (sizeof(V) == 8) asm volatile("" : "+l"(value));
+    if constexpr (sizeof(V) == 4) asm volatile("" : "+r"(value));
+    return value;
+  }
+  // A call in two halves, each short enough to hide behind a step's multiplication.
+  __device__ void begin_call(const Mask& mask) {
+    call = {{fresh(column_call), row_call + static_cast<uint32_t>(kMaskRowCalls * calls), 0, 0}};
+    philox_rounds<0, 4>(call, fresh(mask.seed));
+  }
+  __device__ void end_call(const Mask& mask) {
     if (calls % 4 == 0) {
 #pragma unroll
       for (int i = 0; i + 1 < kWords; ++i) words[i] = words[i + 1];
     }
-    const Philox4 random = philox(column_call, row_call, mask.seed);
+    philox_rounds<4, kPhiloxRounds>(call, fresh(mask.seed));
     uint32_t& word = words[kWords - 1];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // a new top bit for either half
       constexpr uint32_t kTops = 0x80008000u;
-      word = (word >> 1 & ~kTops) | (kept_halves(random.words[i], mask.threshold_twice) & kTops);
+      word = (word >> 1 & ~kTops) | (kept_halves(call.words[i], mask.threshold_twice) & kTops);
     }
-    row_call += kMaskRowCalls, ++calls;
+    ++calls;
+  }
+
+  // Unrolled: as a loop it has the compiler spill registers.
+  __device__ void draw_all(const Mask& mask) {
+#pragma unroll
+    for (int i = 0; i < kCalls; ++i) calls = i, begin_call(mask), end_call(mask);
   }
 
   // Of accumulator d[i]; i is known when this is compiled. The bit in question alone.

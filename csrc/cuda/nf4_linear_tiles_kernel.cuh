@@ -91,9 +91,11 @@ struct Config {
                             staging = codes + kDecoders * kCodeChunks * kCodeChunkBytes,
                             map = staging + kConsumers * kStagingBytes, full = map + 1024, empty = full + 8 * kStages,
                             codes_full = empty + 8 * kStages, codes_empty = codes_full + 8 * kDecoders * kCodeChunks,
-                            last = codes_empty + 8 * kDecoders * kCodeChunks, end = last + 16;
+                            xa_full = codes_empty + 8 * kDecoders * kCodeChunks, last = xa_full + 8 * kConsumers,
+                            end = last + 16;
   static constexpr unsigned kBytes = end + 1024;                   // its beginning is moved to a multiple of 1024
   static_assert(kBytes <= kSmemBytes && kStages % kCluster == 0);  // a stage is always decoded by the same block
+  static_assert(!kAdapter || kTokens * kPieceRank * 2 <= static_cast<int>(kStagingBytes));
 };
 
 // A ring's place and the parity of its barriers' phase.
@@ -113,38 +115,22 @@ __device__ inline uint32_t swizzled(uint32_t row, uint32_t byte) {
   return row * 128 + ((byte / 16 ^ row % 8) * 16) + byte % 16;
 }
 
-// A seat's chunks, items taken together. The adapter's chunk follows the last of the depth.
+// A seat's chunks, items taken together.
 struct ChunkWalk {
   int index, chunk, end;  // item; chunk of the depth, one past the item's last
   int out0, m0;
   bool more;
 };
-struct NoAdapters {
-  static constexpr bool kAdapter = false;
-};
-template <typename C = NoAdapters>
 __device__ inline void enter(const Plan& plan, int seat, ChunkWalk& c) {
   Item item;
   c.more = find_item(plan, seat, c.index, item);
   c.chunk = item.first_chunk, c.end = item.first_chunk + item.chunks;
-  if (C::kAdapter && c.end == plan.chunks) ++c.end;
   c.out0 = item.out0, c.m0 = item.m0;
 }
-template <typename C = NoAdapters>
 __device__ inline void advance(const Plan& plan, int seat, ChunkWalk& c) {
   if (++c.chunk < c.end || !c.more) return;
   ++c.index;
-  enter<C>(plan, seat, c);
-}
-template <typename C>
-__device__ inline bool is_adapter(const Plan& plan, const ChunkWalk& c) {
-  return C::kAdapter && c.more && c.chunk == plan.chunks;
-}
-// To the next chunk that has codes.
-template <typename C>
-__device__ inline void advance_codes(const Plan& plan, int seat, ChunkWalk& c) {
-  advance<C>(plan, seat, c);
-  if (is_adapter<C>(plan, c)) advance<C>(plan, seat, c);
+  enter(plan, seat, c);
 }
 
 // --- decoding --------------------------------------------------------------------------------------------------------
@@ -217,24 +203,6 @@ __device__ inline void fetch_x(const CUtensorMap* map_x, uint32_t smem, const Ch
            c.m0 + rank * C::kTokens);
 }
 
-// The adapter's xa and matrix for one step of its chunk, or nothing: chunks have as many steps as stages are walked by,
-// whatever the rank. For one thread; every thread block fetches its own.
-template <bool kBackward, typename C>
-__device__ inline void fetch_adapter(const Adapter& adapter, uint32_t smem, const ChunkWalk& c, int step, int stage,
-                                     int rank) {
-  const uint32_t full = smem + C::full + 8 * stage, w = smem + C::w + stage * C::kWBytes;
-  if (step * kStep >= adapter.r) return barrier_arrive(full);
-  if (adapter.early) wait_for_kernel_before();
-  barrier_arrive_expect(full, C::kXBytes + C::kWBytes);
-  tma_load(smem + C::x + stage * C::kXBytes, &adapter.xa, full, step * kStep, c.m0 + rank * C::kTokens);
-  if constexpr (kBackward) {  // rows follow the rank, as those of W follow the depth: two blocks of 64 columns
-    tma_load(w, &adapter.factor, full, c.out0, step * kStep);
-    tma_load(w + C::kWBytes / 2, &adapter.factor, full, c.out0 + 64, step * kStep);
-  } else {
-    tma_load(w, &adapter.factor, full, step * kStep, c.out0);
-  }
-}
-
 // The codes of a decoder's steps in a chunk; for one thread.
 template <bool kBackward, typename C>
 __device__ inline void fetch_codes(const CUtensorMap* map_w, uint32_t smem, const ChunkWalk& c, int group, int slot,
@@ -253,11 +221,10 @@ __device__ inline void fetch_codes(const CUtensorMap* map_w, uint32_t smem, cons
 
 // One thread, when it has a warp of its own.
 template <bool kBackward, typename C>
-__device__ void fetch(const CUtensorMap* map_x, const CUtensorMap* map_w, const typename C::AdapterOrNone& adapter,
-                      const Problem& p, uint32_t smem, int rank) {
+__device__ void fetch(const CUtensorMap* map_x, const CUtensorMap* map_w, const Problem& p, uint32_t smem, int rank) {
   const int seat = blockIdx.x / C::kCluster;
   ChunkWalk here{};
-  enter<C>(p.plan, seat, here);
+  enter(p.plan, seat, here);
   ChunkWalk coming = here;  // the first chunk whose codes are not under way
   Ring stage{0, 1}, slot{0, 1};
   const auto codes = [&] {
@@ -266,23 +233,14 @@ __device__ void fetch(const CUtensorMap* map_x, const CUtensorMap* map_w, const 
       fetch_codes<kBackward, C>(map_w, smem, coming, group, slot.at, rank);
     }
     slot.advance<C::kCodeChunks>();
-    advance_codes<C>(p.plan, seat, coming);
+    advance(p.plan, seat, coming);
   };
   for (int i = 1; i < C::kCodeChunks && coming.more; ++i) codes();
-  for (; here.more; advance<C>(p.plan, seat, here)) {
-    const bool of_adapter = is_adapter<C>(p.plan, here);
-    if (coming.more && !of_adapter) codes();
+  for (; here.more; advance(p.plan, seat, here)) {
+    if (coming.more) codes();
     for (int step = 0; step < kChunkSteps; ++step) {
       barrier_wait(smem + C::empty + 8 * stage.at, stage.parity);
-      if constexpr (C::kAdapter) {
-        if (of_adapter) {
-          fetch_adapter<kBackward, C>(adapter, smem, here, step, stage.at, rank);
-        } else {
-          fetch_x<C>(map_x, smem, here, step, stage.at, rank);
-        }
-      } else {
-        fetch_x<C>(map_x, smem, here, step, stage.at, rank);
-      }
+      fetch_x<C>(map_x, smem, here, step, stage.at, rank);
       stage.advance<C::kStages>();
     }
   }
@@ -290,8 +248,8 @@ __device__ void fetch(const CUtensorMap* map_x, const CUtensorMap* map_w, const 
 
 // One warpgroup. Step i belongs to thread block i % kCluster of the cluster, which decodes it for all of them.
 template <typename T, bool kBackward, typename C>
-__device__ void decode(const CUtensorMap* map_x, const CUtensorMap* map_w, const typename C::AdapterOrNone& adapter,
-                       const Problem& p, uint32_t smem, const float* map, int group, int rank) {
+__device__ void decode(const CUtensorMap* map_x, const CUtensorMap* map_w, const Problem& p, uint32_t smem,
+                       const float* map, int group, int rank) {
   constexpr int kOwn = C::kOwn;
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0), lane = threadIdx.x % 32;
   const int seat = blockIdx.x / C::kCluster, first = C::kCluster * group + rank;
@@ -307,12 +265,12 @@ __device__ void decode(const CUtensorMap* map_x, const CUtensorMap* map_w, const
   const uint32_t codes_empty = smem + C::codes_empty + 8 * group * C::kCodeChunks;
 
   ChunkWalk here{};
-  enter<C>(p.plan, seat, here);
+  enter(p.plan, seat, here);
   ChunkWalk next = here, coming = here;  // coming: as in fetch(), only where this warp fetches
   if (fetches) {
     for (int slot = 0; slot < C::kCodeChunks && coming.more; ++slot) {
       if (lane == 0) fetch_codes<kBackward, C>(map_w, smem, coming, group, slot, rank);
-      advance_codes<C>(p.plan, seat, coming);
+      advance(p.plan, seat, coming);
     }
   }
   Scales<kOwn> scales;
@@ -322,32 +280,6 @@ __device__ void decode(const CUtensorMap* map_x, const CUtensorMap* map_w, const
   Ring slot{0, 0}, refill{0, 0}, stage{C::kCluster * group, 1};  // stage: of the span's first step
   bool begun = false;
   while (here.more) {
-    if constexpr (C::kAdapter) {
-      if (is_adapter<C>(p.plan, here)) {  // nothing to decode: the steps are passed on as they come
-#pragma unroll
-        for (int o = 0; o < kOwn; ++o) {
-          const int span = C::kStages == kChunkSteps ? C::kCluster * group + C::kSpan * o : stage.at;
-          const int step = C::kCluster * group + C::kSpan * o;
-          const auto fetch_own = [&](int which) {
-            barrier_wait(smem + C::empty + 8 * (span + which), stage.parity);
-            if (lane == 0) fetch_adapter<kBackward, C>(adapter, smem, here, step + which, span + which, rank);
-          };
-          if (fetches) {
-            fetch_own(0);
-            if (rank > 0) fetch_own(1);
-          } else {
-            barrier_wait(smem + C::empty + 8 * (span + rank), stage.parity);
-          }
-          __syncwarp();
-          if (lane == 0) barrier_arrive(smem + C::full + 8 * (span + rank));
-          if (fetches && C::kCluster > 1 && rank == 0) fetch_own(1);
-          if (C::kStages != kChunkSteps) stage.advance<C::kStages>(C::kSpan);
-        }
-        if (C::kStages == kChunkSteps) stage.parity ^= 1;
-        advance<C>(p.plan, seat, here);
-        continue;
-      }
-    }
     barrier_wait(codes_full + 8 * slot.at, slot.parity);
     uint4 codes[kOwn][2];
     float scale[kOwn];
@@ -362,7 +294,7 @@ __device__ void decode(const CUtensorMap* map_x, const CUtensorMap* map_w, const
       }
       if (!scales.inside[o]) scale[o] = 0.0f;
     }
-    advance_codes<C>(p.plan, seat, next);
+    advance(p.plan, seat, next);
     load_scales<kBackward, C>(p, next, first, warp, lane, scales);
 #pragma unroll
     for (int o = 0; o < kOwn; ++o) {
@@ -393,7 +325,7 @@ __device__ void decode(const CUtensorMap* map_x, const CUtensorMap* map_w, const
         if (o == 0 && begun && coming.more) {  // the slot of the chunk before, which the other warps have left by now
           barrier_wait(codes_empty + 8 * refill.at, refill.parity);
           if (lane == 0) fetch_codes<kBackward, C>(map_w, smem, coming, group, refill.at, rank);
-          advance_codes<C>(p.plan, seat, coming);
+          advance(p.plan, seat, coming);
           refill.advance<C::kCodeChunks>();
         }
       }
@@ -404,7 +336,7 @@ __device__ void decode(const CUtensorMap* map_x, const CUtensorMap* map_w, const
     __syncwarp();
     if (lane == 0) barrier_arrive(codes_empty + 8 * slot.at);
     slot.advance<C::kCodeChunks>();
-    advance<C>(p.plan, seat, here);
+    advance(p.plan, seat, here);
   }
 }
 
@@ -517,28 +449,25 @@ __device__ void store(const CUtensorMap* map_y, const Problem& p, int out0, int 
   }
 }
 
-// One step of the adapter's chunk with dropout, `pieces` times 16 of the rank: d += keep * (w x^T) / (1 - p). By
-// mma.sync, whose sums lie as wgmma's do: a second place for wgmma's would have the compiler serialise them all.
+// d += keep * (factor xa^T) / (1 - p), kPieceRank of the rank. By mma.sync, whose operand and sums lie as wgmma's do: a
+// second place for wgmma's sums would have the compiler serialise them all.
 template <typename T, typename C>
-__device__ inline void multiply_masked(uint32_t w, uint32_t x, int pieces, const MaskBits<C::kTokens>& mask,
+__device__ inline void multiply_masked(const uint32_t (&factor)[4], uint32_t xa, const MaskBits<C::kTokens>& mask,
                                        float keep_scale, float (&d)[C::kTokens / 2]) {
-  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  const int first = lane / 16 * 8 + lane % 8, second = lane / 8 % 2;  // of this lane's row of four matrices
-#pragma unroll 1
-  for (int q = 0; q < pieces; ++q) {
-    uint32_t a[4], b[2][4];  // 16 of out by 16 of the rank; 16 tokens by 16 of the rank, and the next
-    load_matrices<true>(a, w + swizzled(q * 16 + first, (warp * 16 + second * 8) * 2));
-    load_matrices<false>(b[0], x + swizzled(first, q * 32 + second * 16));
+  const int lane = threadIdx.x % 32;
+  const int row = lane / 16 * 8 + lane % 8;  // this lane's of four matrices: 16 tokens by 16 of the rank
+  const uint32_t from = xa + row * (2 * kPieceRank) + ((lane / 8 % 2 ^ row / 4 % 2) << 4);
 #pragma unroll
-    for (int j = 0; j < C::kTokens / 16; ++j) {
-      if (j + 1 < C::kTokens / 16)
-        load_matrices<false>(b[(j + 1) % 2], x + swizzled(j * 16 + 16 + first, q * 32 + second * 16));
-      float e[2][4] = {};
-      mma_m16n8k16<T>(e[0], a, b[j % 2][0], b[j % 2][1]);
-      mma_m16n8k16<T>(e[1], a, b[j % 2][2], b[j % 2][3]);
+  for (int j = 0; j < C::kTokens / 16; j += 2) {
+    uint32_t b[2][4];
+    load_matrices<false>(b[0], from + j * (16 * 2 * kPieceRank));
+    load_matrices<false>(b[1], from + (j + 1) * (16 * 2 * kPieceRank));
+    float e[4][4] = {};
 #pragma unroll
-      for (int i = 0; i < 8; ++i) add_if(mask.keeps(8 * j + i), d[8 * j + i], e[i / 4][i % 4], keep_scale);
-    }
+    for (int i = 0; i < 4; ++i) mma_m16n8k16<T>(e[i], factor, b[i / 2][i % 2 * 2], b[i / 2][i % 2 * 2 + 1]);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) add_if(mask.keeps(8 * j + i), d[8 * j + i], e[i / 4][i % 4], keep_scale);
+    __syncwarp();  // as much in flight as there are registers for
   }
 }
 
@@ -559,97 +488,95 @@ __device__ void multiply(const CUtensorMap* map_y, const typename C::AdapterOrNo
   };
   Ring stage{0, 0};
   Item item;
+  [[maybe_unused]] const uint32_t xa = smem + C::staging + group * C::kStagingBytes,
+                                  xa_full = smem + C::xa_full + 8 * group;
+  [[maybe_unused]] uint32_t xa_parity = 0;
+  [[maybe_unused]] bool xa_made = true;
   [[maybe_unused]] MaskBits<kTokens> mask;
+  if constexpr (C::kAdapter && !kBackward) xa_made = !adapter.early;
   for (int index = 0; find_item(p.plan, blockIdx.x / C::kCluster, index, item); ++index) {
-    int before = 0;
-    [[maybe_unused]] const bool ends = C::kAdapter && item.first_chunk + item.chunks == p.plan.chunks;
-    [[maybe_unused]] bool masked = false;
-    if constexpr (C::kAdapter && kBackward) {
-      masked = ends && adapter.mask.threshold_twice != 0;
-      if (masked) mask.start(item.m0 + rank * kTokens, item.out0 + group * 64 + threadIdx.x / 32 % 4 * 16, lane);
-    }
-    [[maybe_unused]] const auto draw = [&] {
-      if constexpr (C::kAdapter && kBackward) {
-        if (masked && mask.calls < mask.kCalls) mask.draw(adapter.mask);
-      }
-    };
-    for (int chunk = 0; chunk < item.chunks; ++chunk) {
-#pragma unroll
-      for (int i = 0; i < kChunkSteps; ++i) {
-        const int at = C::kStages == kChunkSteps ? i : stage.at;  // a constant where it can be
-        barrier_wait(smem + C::full + 8 * at, stage.parity);
-        const uint64_t x = desc_x + at * (C::kXBytes >> 4), w = desc_w + at * (C::kWBytes >> 4);
-        if constexpr (C::kReaderFences) fence_async_shared();
-        wgmma_fence();
-#pragma unroll
-        for (int q = 0; q < kStep / 16; ++q) {
-          wgmma<T, kBackward, kTokens>(d, w + kDescriptorStep<kBackward> * q, x + kDescriptorStep<false> * q,
-                                       q > 0 || i > 0 || chunk > 0);
-        }
-        wgmma_commit();
-        if (i % 2 == 0) draw();
-        wgmma_wait<1>();
-        if (i > 0 || chunk > 0) release(before);
-        before = at;
-        if (C::kStages != kChunkSteps) stage.advance<C::kStages>();
-      }
-      if (C::kStages == kChunkSteps) stage.parity ^= 1;
-    }
-    [[maybe_unused]] int left = kChunkSteps;  // steps of the adapter's chunk, which is walked whatever the rank
-    [[maybe_unused]] const auto pass_on = [&](int at) {
-      if (C::kStages != kChunkSteps) stage.advance<C::kStages>();
-      --left;
-      return at;
-    };
-    [[maybe_unused]] const auto take = [&] {
-      const int at = C::kStages == kChunkSteps ? kChunkSteps - left : stage.at;
-      barrier_wait(smem + C::full + 8 * at, stage.parity);
-      return at;
+    int before = 0, chunk = 0, pieces = 0;  // pieces: of the adapter's rank, where the item ends the depth
+    [[maybe_unused]] bool all_behind = false;
+    [[maybe_unused]] const auto row0 = [&] {  // of this warp; made anew each time, for want of registers
+      uint32_t thread;
+      asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+      return item.out0 + group * 64 + static_cast<int>(thread) / 32 % 4 * 16;
     };
     if constexpr (C::kAdapter) {
-      if (ends && !masked) {
-#pragma unroll 1
-        for (int step = 0; step * kStep < adapter.r; ++step) {
-          const int at = take();
-          const uint64_t x = desc_x + at * (C::kXBytes >> 4), w = desc_w + at * (C::kWBytes >> 4);
-          wgmma_fence();
-          wgmma<T, kBackward, kTokens>(d, w, x, true);
-          if (adapter.r > 16) {
+      if (item.first_chunk + item.chunks == p.plan.chunks) pieces = ceil_divide(adapter.r, kPieceRank);
+      all_behind = pieces > 0 && !xa_made;
+      if constexpr (kBackward) {
+        mask.start(item.m0 + rank * kTokens, row0(), lane);
+        if (pieces == 0 || adapter.mask.threshold_twice == 0) mask.calls = mask.kCalls;
+        // A chunk draws two calls; where there are too few before the first piece's product, all are drawn here.
+        if (kChunkSteps / 2 * max(1, item.chunks - pieces + 1) < mask.kCalls && mask.calls == 0)
+          mask.draw_all(adapter.mask);
+      }
+    }
+    // The chunks without a piece; and for each piece, while it is on its way, a chunk.
+    for (int piece = -1; piece < pieces; ++piece) {
+      if constexpr (C::kAdapter) {
+        if (piece >= 0) {
+          if (!xa_made) wait_for_kernel_before(), xa_made = true;
+          named_barrier(1 + group, 128);  // nobody reads what the tile for xa holds
+          if (threadIdx.x % 128 == 0) {
+            tma_wait_read<0>();
+            barrier_arrive_expect(xa_full, kTokens * kPieceRank * 2);
+            tma_load(xa, &adapter.xa, xa_full, piece * kPieceRank, item.m0 + rank * kTokens);
+          }
+          prefetch_factor<kBackward>(adapter, p.plan.out, row0(), piece * kPieceRank, lane);
+        }
+      }
+      const int until = all_behind ? item.chunks : max(1, item.chunks - pieces + piece + 1);
+      for (; chunk < until; ++chunk) {
 #pragma unroll
-            for (int q = 1; q < kStep / 16; ++q) {
-              wgmma<T, kBackward, kTokens>(d, w + kDescriptorStep<kBackward> * q, x + kDescriptorStep<false> * q, true);
-            }
+        for (int i = 0; i < kChunkSteps; ++i) {
+          const int at = C::kStages == kChunkSteps ? i : stage.at;  // a constant where it can be
+          barrier_wait(smem + C::full + 8 * at, stage.parity);
+          const uint64_t x = desc_x + at * (C::kXBytes >> 4), w = desc_w + at * (C::kWBytes >> 4);
+          if constexpr (C::kReaderFences) fence_async_shared();
+          wgmma_fence();
+#pragma unroll
+          for (int q = 0; q < kStep / 16; ++q) {
+            wgmma<T, kBackward, kTokens>(d, w + kDescriptorStep<kBackward> * q, x + kDescriptorStep<false> * q,
+                                         q > 0 || i > 0 || chunk > 0);
           }
           wgmma_commit();
           wgmma_wait<1>();
-          release(before);
-          before = pass_on(at);
+          if (i > 0 || chunk > 0) release(C::kStages == kChunkSteps ? (i + kChunkSteps - 1) % kChunkSteps : before);
+          before = at;
+          if constexpr (C::kAdapter && kBackward) {
+            if (mask.calls < mask.kCalls) i % 2 == 0 ? mask.begin_call(adapter.mask) : mask.end_call(adapter.mask);
+          }
+          if (C::kStages != kChunkSteps) stage.advance<C::kStages>();
+        }
+        if (C::kStages == kChunkSteps) stage.parity ^= 1;
+      }
+      if constexpr (C::kAdapter) {
+        if (piece >= 0) {
+          uint32_t factor[4];
+          load_factor<kBackward>(adapter, p.plan.out, row0(), piece * kPieceRank, lane, factor);
+          const bool masked = kBackward && adapter.mask.threshold_twice != 0;
+          barrier_wait(xa_full, xa_parity);
+          xa_parity ^= 1;
+          if (!masked) {
+            wgmma_fence();
+            wgmma_registers<T, kTokens>(d, factor, narrow_wgmma_descriptor(xa), true);
+            wgmma_commit();
+          }
+          wgmma_wait<0>();
+          if constexpr (kBackward) {
+            if (masked) {
+#pragma unroll
+              for (int i = 0; i < kTokens / 2; ++i) asm volatile("" : "+f"(d[i])::"memory");
+              multiply_masked<T, C>(factor, xa, mask, adapter.mask.scale, d);
+            }
+          }
         }
       }
     }
     wgmma_wait<0>();
-    release(before);
-    if constexpr (C::kAdapter) {
-      if constexpr (kBackward) {
-        if (masked) {
-          while (mask.calls < mask.kCalls) draw();
-#pragma unroll
-          for (int i = 0; i < kTokens / 2; ++i) asm volatile("" : "+f"(d[i])::"memory");
-#pragma unroll 1
-          for (int step = 0; step * kStep < adapter.r; ++step) {
-            const int at = take();
-            multiply_masked<T, C>(
-                smem + C::w + at * C::kWBytes + group * (C::kWBytes / 2), smem + C::x + at * C::kXBytes,
-                smaller(ceil_divide(adapter.r - step * kStep, 16), kStep / 16), mask, adapter.mask.scale, d);
-            release(pass_on(at));
-          }
-        }
-      }
-      if (ends) {
-        while (left > 0) release(pass_on(take()));
-        if (C::kStages == kChunkSteps) stage.parity ^= 1;
-      }
-    }
+    release(C::kStages == kChunkSteps ? kChunkSteps - 1 : before);
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) asm volatile("" : "+f"(d[i])::"memory");  // no use of a sum before the wait
     if (item.parts > 1 && !add_parts<C>(p, item, d, smem, group, rank)) continue;
@@ -678,7 +605,7 @@ __global__ void __launch_bounds__(Config<kTokens, kCluster>::kThreads, 1)
     tma_prefetch(&map_x);
     tma_prefetch(&map_w);
     if (p.store_by_tma) tma_prefetch(&map_y);
-    if constexpr (kAdapter) tma_prefetch(&adapter.xa), tma_prefetch(&adapter.factor);
+    if constexpr (kAdapter) tma_prefetch(&adapter.xa);
     for (int s = 0; s < C::kStages; ++s) {
       const bool mine = s % kCluster == rank;
       // The fetch of x and what the other copies; this block's decoding warps.
@@ -689,6 +616,7 @@ __global__ void __launch_bounds__(Config<kTokens, kCluster>::kThreads, 1)
       barrier_init(smem + C::codes_full + 8 * s, 1);
       barrier_init(smem + C::codes_empty + 8 * s, 4);
     }
+    for (int s = 0; s < kConsumers; ++s) barrier_init(smem + C::xa_full + 8 * s, 1);
     barrier_init_fence();
   }
   bool early = false;
@@ -708,12 +636,12 @@ __global__ void __launch_bounds__(Config<kTokens, kCluster>::kThreads, 1)
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
   if (warpgroup < C::kDecoders) {
     // Registers change hands within the 3 x 168 that the block starts with.
-    if constexpr (kTokens == 256) give_registers<kAdapter ? 120 : 104>();
-    decode<T, kBackward, C>(&map_x, &map_w, adapter, p, smem, map, warpgroup, rank);
+    if constexpr (kTokens == 256) give_registers<104>();
+    decode<T, kBackward, C>(&map_x, &map_w, p, smem, map, warpgroup, rank);
   } else if (warpgroup == C::kDecoders + kConsumers) {
-    if (threadIdx.x % 32 == 0) fetch<kBackward, C>(&map_x, &map_w, adapter, p, smem, rank);
+    if (threadIdx.x % 32 == 0) fetch<kBackward, C>(&map_x, &map_w, p, smem, rank);
   } else {
-    if constexpr (kTokens == 256) take_registers<kAdapter ? 192 : 200>();
+    if constexpr (kTokens == 256) take_registers<200>();
     multiply<T, kBackward, C>(&map_y, adapter, p, smem, warpgroup - C::kDecoders, rank);
   }
   if (early) wait_for_kernel_before();  // so that who waits for this kernel has waited for the one before

@@ -16,14 +16,13 @@ typename C::AdapterOrNone adapter_of([[maybe_unused]] const NF4LinearArgs& args)
   typename C::AdapterOrNone adapter{};
   if constexpr (C::kAdapter) {
     const NF4LinearAdapter& from = args.adapter;
-    const int m = static_cast<int>(args.m), n = static_cast<int>(args.n), k = static_cast<int>(args.k);
     adapter.r = static_cast<int>(from.r);
-    adapter.xa = activation_map(args.dtype, from.xa, m, adapter.r, C::kTokens, static_cast<int>(from.xa_pitch));
-    adapter.factor = kBackward ? activation_map(args.dtype, from.factor, adapter.r, k, kStep)
-                               : activation_map(args.dtype, from.factor, n, adapter.r, kTileOut);
+    adapter.xa = tensor_map(map_type(args.dtype), 2, CU_TENSOR_MAP_SWIZZLE_32B, from.xa, static_cast<int>(args.m),
+                            adapter.r, C::kTokens, kPieceRank, static_cast<int>(from.xa_pitch));
+    adapter.factor = from.factor;
     adapter.mask = make_mask(kBackward ? from.p : 0.0, from.seed);
     adapter.add_to_y = from.add_to_y;
-    adapter.early = from.early;
+    adapter.early = from.early && !kBackward;
   }
   return adapter;
 }

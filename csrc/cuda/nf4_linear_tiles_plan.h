@@ -29,9 +29,9 @@ constexpr int kSmemBytes = 227 * 1024;  // at most, of a thread block
 constexpr int64_t kMostWorkspace = int64_t{32} << 20;
 constexpr int64_t kMostResident = int64_t{24} << 20;  // of a Hopper's 50 MB of L2
 constexpr int kCountersEach = 2;
-constexpr int kMostRank = kStep * kChunkSteps;  // of an adapter: one chunk
-constexpr int kAdapterTokens = 256;             // of the tiles that take one: the others have no registers for it
-constexpr int kConsumers = 2;  // warpgroups that multiply: each counts the arrivals of its own half of a tile
+constexpr int kMostRank = 256;       // of an adapter
+constexpr int kAdapterTokens = 256;  // of the tiles that take one: the others have no registers for it
+constexpr int kConsumers = 2;        // warpgroups that multiply: each counts the arrivals of its own half of a tile
 
 // Division by a number that the host knows, for numerators below 2^31: a multiplication and a shift.
 // Source: Granlund and Montgomery, "Division by Invariant Integers using Multiplication", PLDI 1994.

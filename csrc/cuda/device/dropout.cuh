@@ -19,8 +19,11 @@ inline Mask make_mask(double p, uint64_t seed) {
 }
 
 // Zeroes what the mask drops of sixteen columns of four rows, as eight calls serve them; what stays is not scaled.
-// x[i]: row i % 2 + i / 2 * 8 of the row call's, pairs of columns.
-__device__ inline void drop_sixteen(uint32_t (&x)[4][8], uint32_t row_call, uint32_t column_call, const Mask& mask) {
+// x[i]: row i % 2 + i / 2 * 8 of the row call's, pairs of columns; `swapped`: x[i ^ 1] is.
+__device__ inline void drop_sixteen(uint32_t (&x)[4][8], uint32_t row_call, uint32_t column_call, const Mask& mask,
+                                    bool swapped = false) {
+  // Signs of the lower halves, spread over 16 bits each, and of the upper.
+  const uint32_t lower = swapped ? 0xFFBB : 0xDD99, upper = swapped ? 0xDD99 : 0xFFBB;
 #pragma unroll
   for (int pair = 0; pair < 4; ++pair) {
     const Philox4 even = philox(column_call + 2 * pair, row_call, mask.seed);
@@ -30,9 +33,8 @@ __device__ inline void drop_sixteen(uint32_t (&x)[4][8], uint32_t row_call, uint
       const uint32_t first = kept_halves(even.words[word], mask.threshold_twice);
       const uint32_t second = kept_halves(odd.words[word], mask.threshold_twice);
       const int half = word / 2, row = word % 2 * 2;
-      // Signs of the lower halves, spread over 16 bits each, and of the upper.
-      x[row][half * 4 + pair] &= permute_bytes(first, second, 0xDD99);
-      x[row + 1][half * 4 + pair] &= permute_bytes(first, second, 0xFFBB);
+      x[row][half * 4 + pair] &= permute_bytes(first, second, lower);
+      x[row + 1][half * 4 + pair] &= permute_bytes(first, second, upper);
     }
   }
 }

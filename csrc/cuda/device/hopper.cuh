@@ -211,6 +211,10 @@ __device__ inline void store_matrices_transposed(uint32_t at, uint32_t r0, uint3
 __device__ inline uint64_t wgmma_descriptor(uint32_t at) {
   return (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1024 >> 4} << 16) | ((at & 0x3ffff) >> 4);
 }
+// The same of a K-major tile of 16 of the depth, rows of 32 bytes under the 32-byte swizzle.
+__device__ inline uint64_t narrow_wgmma_descriptor(uint32_t at) {
+  return (uint64_t{3} << 62) | (uint64_t{256 >> 4} << 32) | (uint64_t{1} << 16) | ((at & 0x3ffff) >> 4);
+}
 template <bool kMnMajor>
 constexpr uint32_t kDescriptorStep = kMnMajor ? 2048 >> 4 : 32 >> 4;
 

@@ -42,11 +42,14 @@ inline CUtensorMap tensor_map(CUtensorMapDataType type, int bytes, CUtensorMapSw
   return map;
 }
 
+inline CUtensorMapDataType map_type(DType dtype) {
+  return dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+}
+
 // [rows, columns] of a 16-bit type in boxes of box_rows by 64 columns, under the 128-byte swizzle.
 inline CUtensorMap activation_map(DType dtype, const void* data, int rows, int columns, int box_rows,
                                   int row_pitch = 0) {
-  return tensor_map(dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
-                    CU_TENSOR_MAP_SWIZZLE_128B, data, rows, columns, box_rows, 64, row_pitch);
+  return tensor_map(map_type(dtype), 2, CU_TENSOR_MAP_SWIZZLE_128B, data, rows, columns, box_rows, 64, row_pitch);
 }
 
 }  // namespace fastpeft::cuda
