@@ -236,6 +236,7 @@ __device__ void fetch(const CUtensorMap* map_x, const CUtensorMap* map_w, const 
     advance(p.plan, seat, coming);
   };
   for (int i = 1; i < C::kCodeChunks && coming.more; ++i) codes();
+  if constexpr (!C::kAdapter) wait_for_kernel_before();
   for (; here.more; advance(p.plan, seat, here)) {
     if (coming.more) codes();
     for (int step = 0; step < kChunkSteps; ++step) {
@@ -275,6 +276,7 @@ __device__ void decode(const CUtensorMap* map_x, const CUtensorMap* map_w, const
   }
   Scales<kOwn> scales;
   load_scales<kBackward, C>(p, next, first, warp, lane, scales);
+  if (!C::kAdapter && fetches) wait_for_kernel_before();
 
   const bool wide = !kBackward && p.wide_scales;
   Ring slot{0, 0}, refill{0, 0}, stage{C::kCluster * group, 1};  // stage: of the span's first step
@@ -475,6 +477,7 @@ template <typename T, bool kBackward, typename C>
 __device__ void multiply(const CUtensorMap* map_y, const typename C::AdapterOrNone& adapter, const Problem& p,
                          uint32_t smem, int group, int rank) {
   constexpr int kTokens = C::kTokens;
+  if constexpr (!C::kAdapter) wait_for_kernel_before();
   const int lane = threadIdx.x % 32;
   const uint64_t desc_x = wgmma_descriptor(smem + C::x);
   const uint64_t desc_w = wgmma_descriptor(smem + C::w + group * (C::kWBytes / 2));
@@ -626,8 +629,7 @@ __global__ void __launch_bounds__(Config<kTokens, kCluster>::kThreads, 1)
       wait_for_kernel_before();  // first: what starts beside this kernel relies on it (LoraGradientArgs::beside)
     let_next_kernel_start();
   } else {
-    let_next_kernel_start();
-    wait_for_kernel_before();
+    let_next_kernel_start();  // those wait who touch more than the weight (device/ptx.cuh)
   }
   if (p.w.nested_absmax != nullptr && threadIdx.x < 256) map[threadIdx.x] = __ldg(p.w.nested_map + threadIdx.x);
   __syncthreads();

@@ -172,7 +172,7 @@ __device__ inline void load_matrices(uint32_t (&to)[4], uint32_t shared_address)
 // PTX ISA 9.7.13.13 (griddepcontrol), from compute capability 9.0. A kernel launched with Grid::overlap_launch starts
 // when every block of the one before has let it or has ended, and must not touch memory before it has waited: only then
 // have the kernels before ended and can their writes be seen. Except for weights, codes and scales: what writes them
-// never lets the next kernel start, so they are whole whenever a kernel behind it starts, however many there are between.
+// never lets the next kernel start, so they are whole whenever a kernel behind it starts, however many are between.
 // Without that attribute neither does anything.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 inline constexpr bool kLaunchesOverlap = true;
