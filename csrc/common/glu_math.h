@@ -29,7 +29,8 @@ template <GluKind kKind, typename Math, typename Real>
 FASTPEFT_THIS_SIDE Activation<Real> activation(Real x) {
   if constexpr (kKind == GluKind::kSilu) {
     const auto s = sigmoid<Math>(x);
-    return {x * s.value, s.value * (1 + x * s.complement)};
+    const Real e = Math::exp(x < 0 ? x : -x);  // as in sigmoid; x / (1 + exp(-x)) rounds once less than x * sigmoid(x)
+    return {Math::divide(x < 0 ? x * e : x, 1 + e), s.value * (1 + x * s.complement)};
   } else if constexpr (kKind == GluKind::kGeluTanh) {
     // (1 + tanh(u)) / 2 is sigmoid(2 u), here with u = sqrt(2 / pi) * (x + 0.044715 x^3); no digits cancel.
     constexpr Real kRoot = Real(1.5957691216057308), kCubic = Real(0.044715);  // 2 sqrt(2 / pi)
