@@ -39,16 +39,6 @@ struct TmaConfig {
   static_assert(kStages >= 4 && kStageBytes % 1024 == 0 && kBytes <= 227 * 1024);
 };
 
-// Counts a warp of eight that leaves a stage, back to 0 by the last; gives how many had left before.
-__device__ inline unsigned leave(uint32_t counter) {
-  unsigned before;
-  asm volatile("atom.acq_rel.cta.shared::cta.inc.u32 %0, [%1], %2;"
-               : "=r"(before)
-               : "r"(counter), "r"(kWarps - 1)
-               : "memory");
-  return before;
-}
-
 // A lane's place: made anew where it is needed, for want of registers.
 struct Lane {
   int warp_token, g, t;
@@ -135,7 +125,7 @@ __global__ void __launch_bounds__(TmaConfig<kTiles>::kTmaThreads, 1)
       }
       multiply_chunk<T, kTiles>(x, here + C::kXBytes, acc);
       __syncwarp();
-      if (l.g + l.t == 0 && leave(smem + C::left + 4 * stage) == kWarps - 1 && n + C::kStages < total) {
+      if (l.g + l.t == 0 && leave(smem + C::left + 4 * stage, kWarps - 1) == kWarps - 1 && n + C::kStages < total) {
         fetch_x(n + C::kStages), fetch_a(n + C::kStages);
       }
     }
