@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(TmaConfig<kTiles>::kTmaThreads, 1)
       if constexpr (kDropout) {
         const int row_call = (tile * kTokens + l.warp_token) / kMaskBlock * kMaskRowCalls + l.g;
         const int column_call = ((first_chunk + chunk) * kChunk / kMaskBlock + l.t) * kMaskColumnCalls;
-        drop_sixteen(x, static_cast<uint32_t>(row_call), static_cast<uint32_t>(column_call), p.mask, l.g % 2 != 0);
+        drop_columns(x, static_cast<uint32_t>(row_call), static_cast<uint32_t>(column_call), p.mask, l.g % 2 != 0);
       }
       multiply_chunk<T, kTiles>(x, here + C::kXBytes, acc);
       __syncwarp();
