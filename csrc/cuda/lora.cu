@@ -8,6 +8,7 @@
 #include "cuda/device/launch.cuh"
 #include "cuda/device/tensor_map.cuh"
 #include "cuda/lora_backward_kernel.cuh"
+#include "cuda/lora_backward_tma_kernel.cuh"
 #include "cuda/lora_cast.cuh"
 #include "cuda/lora_gradient_kernel.cuh"
 #include "cuda/lora_plan.h"
@@ -87,15 +88,27 @@ void cast(const lora_cast::Segments& segments, const Context& context) {
 // --- backward --------------------------------------------------------------------------------------------------------
 
 template <typename T, int kRank>
-void launch_backward(const lora_dy::Problem& p, const lora_dy::Finish& f, const Context& context) {
+void launch_backward(const lora_dy::Problem& p, const lora_dy::Finish& f, DType dtype, const Context& context) {
   const bool overlap = device_limits().wgmma;
   const auto what = [&] { return concat("lora_backward of m = ", p.m, ", n = ", p.n, ", rank ", p.r); };
-  launch(what, lora_dy::kernel<T, kRank>,
-         Grid{.blocks = static_cast<unsigned>(p.plan.column_blocks * p.plan.slabs),
-              .threads = lora_dy::kThreads,
-              .smem_bytes = lora_dy::Config<kRank>::kBytes,
-              .overlap_launch = overlap},
-         context, p);
+  const auto blocks = static_cast<unsigned>(p.plan.column_blocks * p.plan.slabs);
+  if (device_limits().wgmma) {
+    using C = lora_dy::TmaConfig<kRank>;
+    launch(what, lora_dy::tma_kernel<T, kRank>,
+           Grid{.blocks = blocks,
+                .threads = lora_dy::kTmaThreads,
+                .smem_bytes = C::kBytes,
+                .cluster = static_cast<unsigned>(p.plan.cluster),
+                .overlap_launch = true},
+           context, activation_map(dtype, p.dy, p.m, p.n, lora_dy::kTmaTokens),
+           tensor_map(map_type(dtype), 2, C::kXaSwizzle, p.xa, p.m, static_cast<int>(padded_rank(p.r)),
+                      lora_dy::kTmaTokens, kRank, p.xa_pitch),
+           p);
+  } else {
+    launch(what, lora_dy::kernel<T, kRank>,
+           Grid{.blocks = blocks, .threads = lora_dy::kThreads, .smem_bytes = lora_dy::Config<kRank>::kBytes}, context,
+           p);
+  }
   Grid grid =
       cover((f.m + f.n) * (kRank / 4) + lora_cast::total(f.cast), lora_dy::kFinishThreads, lora_dy::kFinishThreads);
   grid.overlap_launch = overlap;
@@ -182,13 +195,14 @@ void lora_backward(const LoraBackwardArgs& args, const Context& context) {
       p.m = static_cast<int>(args.m), p.n = static_cast<int>(a.n), p.r = static_cast<int>(r);
       p.b_pitch = static_cast<int>(a.r), p.xa_pitch = static_cast<int>(args.xa_pitch);
       p.dxa_parts = static_cast<float*>(args.workspace);
-      p.db_parts = p.dxa_parts + plan.column_blocks * args.m * stored;
+      const int dxa_parts = plan.column_blocks / plan.cluster;
+      p.db_parts = p.dxa_parts + dxa_parts * args.m * stored;
       p.plan = plan;
       lora_dy::Finish f{};
       f.dxa_parts = p.dxa_parts, f.db_parts = p.db_parts;
       f.m = args.m, f.n = a.n, f.rank = static_cast<int>(stored), f.r = p.r;
       f.dxa_width = static_cast<int>(padded_rank(r));
-      f.column_blocks = plan.column_blocks, f.slabs = plan.slabs;
+      f.column_blocks = dxa_parts, f.slabs = plan.slabs;
       f.scale = static_cast<float>(a.scale);
       f.dxa = static_cast<T*>(args.dxa) + first, f.dxa_pitch = static_cast<int>(args.dxa_pitch);
       f.db = args.db + first, f.db_pitch = static_cast<int>(a.r);
@@ -196,10 +210,9 @@ void lora_backward(const LoraBackwardArgs& args, const Context& context) {
         lora_cast::append(f.cast, a.a, args.a16, a.r, args.k, padded_rank(a.r), args.k, 1.0);
       }
       switch (stored) {
-        case 16: launch_backward<T, 16>(p, f, context); break;
-        case 32: launch_backward<T, 32>(p, f, context); break;
-        case 48: launch_backward<T, 48>(p, f, context); break;
-        default: launch_backward<T, 64>(p, f, context); break;
+        case 16: launch_backward<T, 16>(p, f, args.dtype, context); break;
+        case 32: launch_backward<T, 32>(p, f, args.dtype, context); break;
+        default: launch_backward<T, 64>(p, f, args.dtype, context); break;
       }
     }
   });

@@ -1,4 +1,5 @@
-// One pass over dy of a LoRA linear: dxa[m, r] = scale dy[m, n] B[n, r] and dB[n, r] = scale dy^T xa[m, r].
+// One pass over dy of a LoRA linear: dxa[m, r] = scale dy[m, n] B[n, r] and dB[n, r] = scale dy^T xa[m, r]. For any
+// device, and the adding up for all; Hopper's own is lora_backward_tma_kernel.cuh.
 //
 // Layout   dy, xa, dxa: T, row-major, rows at 16-byte boundaries; B, dB: float, row-major; n % 8 == 0
 // Plan     A thread block owns kColumns of dy in a slab of tokens, and goes through them kTokens at a time. The tile
@@ -27,7 +28,7 @@ struct Problem {
   const void* xa;
   int m, n, r;  // r: of this launch, at most kRank
   int b_pitch, xa_pitch;
-  float* dxa_parts;  // [column_blocks, m, kRank]
+  float* dxa_parts;  // [column_blocks / cluster, m, kRank]
   float* db_parts;   // [slabs, n, kRank]
   Plan plan;
 };
@@ -194,9 +195,9 @@ struct Finish {
   const float* dxa_parts;
   const float* db_parts;
   int64_t m, n;
-  int rank, r;    // stored, and of this launch
-  int dxa_width;  // columns of dxa, the padded rank of this launch
-  int column_blocks, slabs;
+  int rank, r;               // stored, and of this launch
+  int dxa_width;             // columns of dxa, the padded rank of this launch
+  int column_blocks, slabs;  // parts of dxa and of dB
   float scale;
   void* dxa;
   int dxa_pitch;

@@ -8,7 +8,8 @@
 //          A step lies in a ring that cp.async fills. A warp takes sixteen tokens of it by 128 columns: a lane sixteen
 //          neighbouring columns of the four tokens that share calls of the mask's generator. Two tokens of a column are
 //          paired in registers; each lane's column i, of sixteen, belongs to product i, so that its sums of a row of dA
-//          are sixteen neighbours. Above rank 32 two warps share the ranks.
+//          are sixteen neighbours. Above rank 32 a warp takes 64 columns: a lane four and those eight further, which
+//          the same calls serve. (When two warps shared the ranks instead, each drew the mask of both.)
 // Source   fragment layout: PTX ISA, mma.m16n8k16 and ldmatrix; equal shares: stream-K (arXiv 2301.03598).
 #pragma once
 
@@ -47,17 +48,18 @@ constexpr int kSmem = 224 * 1024;
 
 template <int kRank>
 struct Config {
-  static constexpr int kSplit = kRank > 32 ? 2 : 1;       // of the ranks among warps
-  static constexpr int kGroups = 4 / kSplit;              // warps that take different tokens of the same columns
-  static constexpr int kRankTiles = kRank / kSplit / 16;  // of a warp
-  static constexpr int kFactorPitch = 2 * kRank + 16;     // of rows of dxa: ldmatrix meets no bank twice
+  static constexpr int kSplit = kRank > 32 ? 2 : 1;  // of 128 columns among warps
+  static constexpr int kLaneColumns = 16 / kSplit;
+  static constexpr int kGroups = 4 / kSplit;  // warps that take different tokens of the same columns
+  static constexpr int kRankTiles = kRank / 16;
+  static constexpr int kFactorPitch = 2 * kRank + 16;  // of rows of dxa: ldmatrix meets no bank twice
   static constexpr int kStageBytes = kXBytes + kTokens * kFactorPitch;
   static constexpr int kStages = kSmem / kStageBytes;
   static constexpr int kSumPitch = kColumns + 4;
   static constexpr int kSumBytes = kGroups * kRank * kSumPitch * 4;  // in the ring's place
   static constexpr int kRingBytes = kStages * kStageBytes;
   static constexpr unsigned kBytes = (kRingBytes > kSumBytes ? kRingBytes : kSumBytes) + 16;
-  static_assert(kRank % (16 * kSplit) == 0 && kStages >= 3 && kBytes <= 227 * 1024);
+  static_assert(kRank % 16 == 0 && kStages >= 3 && kBytes <= 227 * 1024);
 };
 
 // Byte of a tile of x. A quarter of a warp reads four rows, two pieces of 16 bytes of each.
@@ -79,12 +81,11 @@ __device__ inline void write_rows(const Problem& p, int row, int column, const f
 template <typename T, int kRank, bool kDropout>
 __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Problem p) {
   using C = Config<kRank>;
-  constexpr int kRankTiles = C::kRankTiles;
+  constexpr int kRankTiles = C::kRankTiles, kLaneColumns = C::kLaneColumns;
   extern __shared__ __align__(1024) uint8_t smem_raw[];
   const uint32_t ring = smem_address(smem_raw), last = ring + C::kBytes - 16;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int warp_column = warp % 2 * 128, first_rank = warp / 2 % C::kSplit * (kRank / C::kSplit);
-  const int group = warp / 2 / C::kSplit;
+  const int warp_column = warp % (2 * C::kSplit) * (128 / C::kSplit), group = warp / 2 / C::kSplit;
   const int first_step = static_cast<int>(blockIdx.x) * p.plan.share;
   const int end_step = min(first_step + p.plan.share, p.plan.column_blocks * p.plan.steps);
   if (!p.beside) wait_for_kernel_before();
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Pr
 #pragma unroll 1
     for (int i = 0; i < C::kStages - 1; ++i) fetch(i);
 
-    float acc[kRankTiles][16][4] = {};
+    float acc[kRankTiles][kLaneColumns][4] = {};
     int stage = 0;
     for (; step < end; ++step) {
       wait_async<C::kStages - 2>();
@@ -132,28 +133,35 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Pr
 #pragma unroll
       for (int some = 0; some < C::kSplit; ++some) {
         const int token = (group * C::kSplit + some) * 16;  // of this warp's sixteen
-        uint32_t x[4][8];
+        uint32_t x[4][kLaneColumns / 2];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
+          const int row = token + 2 * t + i % 2 + i / 2 * 8;
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const uint4 v = load_shared(here + x_at(token + 2 * t + i % 2 + i / 2 * 8, warp_column / 8 + 2 * g + half));
-            x[i][4 * half] = v.x, x[i][4 * half + 1] = v.y, x[i][4 * half + 2] = v.z, x[i][4 * half + 3] = v.w;
+            if constexpr (C::kSplit == 1) {
+              const uint4 v = load_shared(here + x_at(row, warp_column / 8 + 2 * g + half));
+              x[i][4 * half] = v.x, x[i][4 * half + 1] = v.y, x[i][4 * half + 2] = v.z, x[i][4 * half + 3] = v.w;
+            } else {
+              const uint2 v = load_shared_8(here + x_at(row, warp_column / 8 + g / 2 * 2 + half) + g % 2 * 8);
+              x[i][2 * half] = v.x, x[i][2 * half + 1] = v.y;
+            }
           }
         }
         if constexpr (kDropout) {
           const int row_call = ((step - block * p.plan.steps) * kTokens + token) / kMaskBlock * kMaskRowCalls + t;
-          const int column_call = ((block * kColumns + warp_column) / kMaskBlock + g) * kMaskColumnCalls;
-          drop_sixteen(x, static_cast<uint32_t>(row_call), static_cast<uint32_t>(column_call), p.mask);
+          const int column_call =
+              (block * kColumns + warp_column) / kMaskBlock * kMaskColumnCalls + g * (kMaskColumnCalls / C::kSplit);
+          drop_columns(x, static_cast<uint32_t>(row_call), static_cast<uint32_t>(column_call), p.mask);
         }
         uint32_t a[kRankTiles][4];
 #pragma unroll
         for (int j = 0; j < kRankTiles; ++j) {
           load_matrices<true>(a[j], here + kXBytes + (token + lane / 16 * 8 + lane % 8) * C::kFactorPitch +
-                                        (first_rank + j * 16 + lane / 8 % 2 * 8) * 2);
+                                        (j * 16 + lane / 8 % 2 * 8) * 2);
         }
 #pragma unroll
-        for (int i = 0; i < 16; ++i) {
+        for (int i = 0; i < kLaneColumns; ++i) {
           const uint32_t pick = i % 2 == 0 ? 0x5410 : 0x7632;
           const uint32_t b0 = permute_bytes(x[0][i / 2], x[1][i / 2], pick);
           const uint32_t b1 = permute_bytes(x[2][i / 2], x[3][i / 2], pick);
@@ -165,19 +173,18 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Pr
 
     wait_async<0>();
     __syncthreads();
-    // Sums [group][rank][column]: of a row this lane has columns 32t to 32t + 15, and the sixteen after them.
+    // Sums [group][rank][column]: of a row this lane has columns 32t to 32t + 15, and the sixteen after them; or of
+    // those from 16t four, the four after them, and both eight further.
 #pragma unroll
     for (int j = 0; j < kRankTiles; ++j) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
 #pragma unroll
         for (int b = 0; b < 2; ++b) {
-          const uint32_t to =
-              ring +
-              ((group * kRank + first_rank + j * 16 + g + 8 * h) * C::kSumPitch + warp_column + 16 * (2 * t + b)) * 4;
 #pragma unroll
-          for (int i = 0; i < 16; i += 4) {
-            store_shared(to + i * 4,
+          for (int i = 0; i < kLaneColumns; i += 4) {
+            const int column = warp_column + (C::kSplit == 1 ? 16 * (2 * t + b) + i : 16 * t + 4 * b + 2 * i);
+            store_shared(ring + ((group * kRank + j * 16 + g + 8 * h) * C::kSumPitch + column) * 4,
                          {__float_as_uint(acc[j][i][2 * h + b]), __float_as_uint(acc[j][i + 1][2 * h + b]),
                           __float_as_uint(acc[j][i + 2][2 * h + b]), __float_as_uint(acc[j][i + 3][2 * h + b])});
           }

@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Pr
       if constexpr (kDropout) {
         const int row_call = (tile * kTokens + warp * 32) / kMaskBlock * kMaskRowCalls + g;
         const int column_call = (chunk * kChunk / kMaskBlock + t) * kMaskColumnCalls;
-        drop_sixteen(x, static_cast<uint32_t>(row_call), static_cast<uint32_t>(column_call), p.mask);
+        drop_columns(x, static_cast<uint32_t>(row_call), static_cast<uint32_t>(column_call), p.mask);
       }
       multiply_chunk<T, kTiles>(x, here + C::kXBytes, acc);
     }

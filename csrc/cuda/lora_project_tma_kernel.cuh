@@ -23,7 +23,8 @@ namespace fastpeft::cuda::lora_xa {
 
 template <int kTiles>
 struct TmaConfig {
-  static constexpr int kSets = kTiles > 4 ? 1 : 2;  // two would have too few registers for the sums of 64 columns
+  static constexpr int kSets = 2;
+  static constexpr int kPasses = kTiles > 4 ? 2 : 1;  // by half of a lane's elements of a chunk, for want of registers
   static constexpr int kTmaThreads = kSets * kThreads;
   static constexpr int kRank = 8 * kTiles;
   static constexpr uint32_t kXBytes = kTokens * kChunk * 2, kABytes = kRank * kChunk * 2,
@@ -39,16 +40,6 @@ struct TmaConfig {
   static_assert(kStages >= 4 && kStageBytes % 1024 == 0 && kBytes <= 227 * 1024);
 };
 
-// Counts a warp of eight that leaves a stage, back to 0 by the last; gives how many had left before.
-__device__ inline unsigned leave(uint32_t counter) {
-  unsigned before;
-  asm volatile("atom.acq_rel.cta.shared::cta.inc.u32 %0, [%1], %2;"
-               : "=r"(before)
-               : "r"(counter), "r"(kWarps - 1)
-               : "memory");
-  return before;
-}
-
 // A lane's place: made anew where it is needed, for want of registers.
 struct Lane {
   int warp_token, g, t;
@@ -63,6 +54,24 @@ struct Lane {
   // odd row of TMA's swizzle, and no bank twice.
   __device__ int token(int i) const { return warp_token + g / 4 * 16 + g % 4 * 2 + (i % 2 ^ g % 2) + i / 2 * 8; }
 };
+
+// As multiply_chunk, of two times four elements of a lane: those at `a16` and eight further.
+template <typename T, int kTiles>
+__device__ inline void multiply_half(const uint32_t (&x)[4][4], uint32_t a16, int g, int t,
+                                     float (&acc)[2][kTiles][4]) {
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      const uint2 b = load_shared_8(a16 + a_at(8 * j + g, 2 * t + s));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t a[4] = {x[2 * i][2 * s], x[2 * i + 1][2 * s], x[2 * i][2 * s + 1], x[2 * i + 1][2 * s + 1]};
+        mma_m16n8k16<T>(acc[i][j], a, b.x, b.y);
+      }
+    }
+  }
+}
 
 template <typename T, int kTiles, bool kDropout>
 __global__ void __launch_bounds__(TmaConfig<kTiles>::kTmaThreads, 1)
@@ -118,24 +127,47 @@ __global__ void __launch_bounds__(TmaConfig<kTiles>::kTmaThreads, 1)
       const Lane l;
       // Where x[0] lies. Its neighbour lies elsewhere in bits 4 and 7, the other half of either in bit 4.
       const uint32_t first = here + a_at(l.token(0), 2 * l.t);
-      uint32_t x[4][8];
+      const int row_call = (tile * kTokens + l.warp_token) / kMaskBlock * kMaskRowCalls + l.g;
+      const int column_call = ((first_chunk + chunk) * kChunk / kMaskBlock + l.t) * kMaskColumnCalls;
+      if constexpr (C::kPasses == 1) {
+        uint32_t x[4][8];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t at = (first ^ (i % 2 * 144)) + i / 2 * 1024;
+        for (int i = 0; i < 4; ++i) {
+          const uint32_t at = (first ^ (i % 2 * 144)) + i / 2 * 1024;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const uint4 v = load_shared(half == 0 ? at : at ^ 16);
-          x[i][4 * half] = v.x, x[i][4 * half + 1] = v.y, x[i][4 * half + 2] = v.z, x[i][4 * half + 3] = v.w;
+          for (int half = 0; half < 2; ++half) {
+            const uint4 v = load_shared(half == 0 ? at : at ^ 16);
+            x[i][4 * half] = v.x, x[i][4 * half + 1] = v.y, x[i][4 * half + 2] = v.z, x[i][4 * half + 3] = v.w;
+          }
+        }
+        if constexpr (kDropout) {
+          drop_columns(x, static_cast<uint32_t>(row_call), static_cast<uint32_t>(column_call), p.mask, l.g % 2 != 0);
+        }
+        multiply_chunk<T, kTiles>(x, here + C::kXBytes, acc);
+      } else {
+        // Every second four columns. Which come first depends on t, so that half a warp meets no bank twice.
+#pragma unroll 1
+        for (int pass = 0; pass < C::kPasses; ++pass) {
+          const int which = (pass ^ l.t ^ l.t / 2) % 2;
+          uint32_t x[4][4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const uint32_t at = (first ^ (i % 2 * 144)) + i / 2 * 1024 + which * 8;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const uint2 v = load_shared_8(half == 0 ? at : at ^ 16);
+              x[i][2 * half] = v.x, x[i][2 * half + 1] = v.y;
+            }
+          }
+          if constexpr (kDropout) {
+            drop_columns(x, static_cast<uint32_t>(row_call), static_cast<uint32_t>(column_call + 4 * which), p.mask,
+                         l.g % 2 != 0);
+          }
+          multiply_half<T, kTiles>(x, here + C::kXBytes + which * 8, l.g, l.t, acc);
         }
       }
-      if constexpr (kDropout) {
-        const int row_call = (tile * kTokens + l.warp_token) / kMaskBlock * kMaskRowCalls + l.g;
-        const int column_call = ((first_chunk + chunk) * kChunk / kMaskBlock + l.t) * kMaskColumnCalls;
-        drop_sixteen(x, static_cast<uint32_t>(row_call), static_cast<uint32_t>(column_call), p.mask, l.g % 2 != 0);
-      }
-      multiply_chunk<T, kTiles>(x, here + C::kXBytes, acc);
       __syncwarp();
-      if (l.g + l.t == 0 && leave(smem + C::left + 4 * stage) == kWarps - 1 && n + C::kStages < total) {
+      if (l.g + l.t == 0 && leave(smem + C::left + 4 * stage, kWarps - 1) == kWarps - 1 && n + C::kStages < total) {
         fetch_x(n + C::kStages), fetch_a(n + C::kStages);
       }
     }

@@ -9,8 +9,8 @@
 //          there at the end of every item. Pieces come last, so that what comes before need not wait for xa; where xa
 //          is still being made they come behind the item's last chunk. With dropout a piece's products are made a few
 //          at a time and added where the mask keeps them. The mask's bits are drawn while the tensor cores are at work
-//          on the base: half a call of the generator every step, whose eight elements are eight of the thread's own
-//          sums (fastpeft/dropout.h).
+//          on the base: a quarter of a call of the generator every step, half where there are few steps, whose eight
+//          elements are eight of the thread's own sums (fastpeft/dropout.h).
 #pragma once
 
 #include <cuda.h>
@@ -32,8 +32,9 @@ struct Adapter {
   const void* factor;  // T: forward B times the scale, [out, r]; backward A, [r, out]
   int r;               // a multiple of 8
   Mask mask;
-  bool add_to_y;  // y += instead of y =
-  bool early;     // forward: the kernel before makes xa and nothing else that is read here, and may still be running
+  uint32_t low_keys[kPhiloxRounds], high_keys[kPhiloxRounds];  // of its generator, made on the host
+  bool add_to_y;                                               // y += instead of y =
+  bool early;  // forward: the kernel before makes xa and nothing else that is read here, and may still be running
 };
 
 // A warp's 16 rows of a piece of the adapter's matrix, into L1: early, in no register.
@@ -76,9 +77,10 @@ template <int kTokens>
 struct MaskBits {
   static constexpr int kCalls = kTokens / kMaskBlock;
   static constexpr int kWords = kTokens / 64;
+  static constexpr int kQuarters = 4;  // of a call
 
   uint32_t row_call, column_call;  // of the first call
-  Philox4 call;                    // half done
+  Philox4 call;                    // under way
   uint32_t words[kWords];          // the last of them the newest
   int calls;
 
@@ -91,37 +93,40 @@ struct MaskBits {
     for (int i = 0; i < kWords; ++i) words[i] = 0;
   }
 
-  // As if new: what the compiler makes of it once for all calls would take registers throughout.
-  template <typename V>
-  __device__ static V fresh(V value) {
-    if constexpr (sizeof(V) == 8) asm volatile("" : "+l"(value));
-    if constexpr (sizeof(V) == 4) asm volatile("" : "+r"(value));
-    return value;
-  }
-  // A call in two halves, each short enough to hide behind a step's multiplication.
-  __device__ void begin_call(const Mask& mask) {
-    call = {{fresh(column_call), row_call + static_cast<uint32_t>(kMaskRowCalls * calls), 0, 0}};
-    philox_rounds<0, 4>(call, fresh(mask.seed));
-  }
-  __device__ void end_call(const Mask& mask) {
-    if (calls % 4 == 0) {
-#pragma unroll
-      for (int i = 0; i + 1 < kWords; ++i) words[i] = words[i + 1];
+  // A quarter of a call, short enough to hide behind a step's multiplication; which one is known when this is compiled.
+  __device__ void draw_quarter(int quarter, const Adapter& adapter) {
+    if (quarter == 0) {
+      asm volatile("" : "+r"(column_call));  // what comes of it at once for all calls would take registers throughout
+      call = {{column_call, row_call + static_cast<uint32_t>(kMaskRowCalls * calls), 0, 0}};
     }
-    philox_rounds<4, kPhiloxRounds>(call, fresh(mask.seed));
-    uint32_t& word = words[kWords - 1];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {  // a new top bit for either half
-      constexpr uint32_t kTops = 0x80008000u;
-      word = (word >> 1 & ~kTops) | (kept_halves(call.words[i], mask.threshold_twice) & kTops);
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      if (round / 2 == quarter) philox_round(call, adapter.low_keys[round], adapter.high_keys[round]);
     }
-    ++calls;
+    if (quarter == kQuarters - 1) {
+      if (calls % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i + 1 < kWords; ++i) words[i] = words[i + 1];
+      }
+      uint32_t& word = words[kWords - 1];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // a new top bit for either half
+        constexpr uint32_t kTops = 0x80008000u;
+        word = (word >> 1 & ~kTops) | (kept_halves(call.words[i], adapter.mask.threshold_twice) & kTops);
+      }
+      ++calls;
+    }
   }
+  static_assert(kPhiloxRounds <= 2 * kQuarters);
 
   // Unrolled: as a loop it has the compiler spill registers.
-  __device__ void draw_all(const Mask& mask) {
+  __device__ void draw_all(const Adapter& adapter) {
 #pragma unroll
-    for (int i = 0; i < kCalls; ++i) calls = i, begin_call(mask), end_call(mask);
+    for (int i = 0; i < kCalls; ++i) {
+      calls = i;
+#pragma unroll
+      for (int quarter = 0; quarter < kQuarters; ++quarter) draw_quarter(quarter, adapter);
+    }
   }
 
   // Of accumulator d[i]; i is known when this is compiled. The bit in question alone.

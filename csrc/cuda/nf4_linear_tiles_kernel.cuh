@@ -66,6 +66,7 @@ template <int kTokens_, int kCluster_, bool kAdapter_ = false>
 struct Config {
   static constexpr int kTokens = kTokens_, kCluster = kCluster_;
   static constexpr bool kAdapter = kAdapter_;
+  static constexpr bool kDrawsMeanwhile = kCluster > 1;  // the mask, during the multiplication; else: too few registers
   using AdapterOrNone = std::conditional_t<kAdapter, Adapter, NoAdapter>;
   static constexpr int kDecoders = kTokens == 256 ? 1 : kTokens == 128 ? 2 : 4;  // warpgroups
   static constexpr int kSpan = kCluster * kDecoders;  // steps from one of a decoder to its next
@@ -499,7 +500,7 @@ __device__ void multiply(const CUtensorMap* map_y, const typename C::AdapterOrNo
   if constexpr (C::kAdapter && !kBackward) xa_made = !adapter.early;
   for (int index = 0; find_item(p.plan, blockIdx.x / C::kCluster, index, item); ++index) {
     int before = 0, chunk = 0, pieces = 0;  // pieces: of the adapter's rank, where the item ends the depth
-    [[maybe_unused]] bool all_behind = false;
+    [[maybe_unused]] bool all_behind = false, hurried = false;
     [[maybe_unused]] const auto row0 = [&] {  // of this warp; made anew each time, for want of registers
       uint32_t thread;
       asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
@@ -511,9 +512,11 @@ __device__ void multiply(const CUtensorMap* map_y, const typename C::AdapterOrNo
       if constexpr (kBackward) {
         mask.start(item.m0 + rank * kTokens, row0(), lane);
         if (pieces == 0 || adapter.mask.threshold_twice == 0) mask.calls = mask.kCalls;
-        // A chunk draws two calls; where there are too few before the first piece's product, all are drawn here.
-        if (kChunkSteps / 2 * max(1, item.chunks - pieces + 1) < mask.kCalls && mask.calls == 0)
-          mask.draw_all(adapter.mask);
+        // A chunk draws a call, or two where it must; where even that is too few before the first piece's product, all
+        // are drawn here.
+        const int undisturbed = max(1, item.chunks - pieces + 1);
+        hurried = undisturbed < mask.kCalls;
+        if ((2 * undisturbed < mask.kCalls || !C::kDrawsMeanwhile) && mask.calls == 0) mask.draw_all(adapter);
       }
     }
     // The chunks without a piece; and for each piece, while it is on its way, a chunk.
@@ -548,8 +551,14 @@ __device__ void multiply(const CUtensorMap* map_y, const typename C::AdapterOrNo
           wgmma_wait<1>();
           if (i > 0 || chunk > 0) release(C::kStages == kChunkSteps ? (i + kChunkSteps - 1) % kChunkSteps : before);
           before = at;
-          if constexpr (C::kAdapter && kBackward) {
-            if (mask.calls < mask.kCalls) i % 2 == 0 ? mask.begin_call(adapter.mask) : mask.end_call(adapter.mask);
+          if constexpr (C::kAdapter && kBackward && C::kDrawsMeanwhile) {
+            if (mask.calls < mask.kCalls) {
+              if (hurried) {
+                mask.draw_quarter(i % 2 * 2, adapter), mask.draw_quarter(i % 2 * 2 + 1, adapter);
+              } else {
+                mask.draw_quarter(i, adapter);
+              }
+            }
           }
           if (C::kStages != kChunkSteps) stage.advance<C::kStages>();
         }

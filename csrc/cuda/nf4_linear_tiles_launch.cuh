@@ -21,6 +21,10 @@ typename C::AdapterOrNone adapter_of([[maybe_unused]] const NF4LinearArgs& args)
                             adapter.r, C::kTokens, kPieceRank, static_cast<int>(from.xa_pitch));
     adapter.factor = from.factor;
     adapter.mask = make_mask(kBackward ? from.p : 0.0, from.seed);
+    for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
+      adapter.low_keys[round] = philox_low_key(adapter.mask.seed, round);
+      adapter.high_keys[round] = philox_high_key(adapter.mask.seed, round);
+    }
     adapter.add_to_y = from.add_to_y;
     adapter.early = from.early && !kBackward;
   }

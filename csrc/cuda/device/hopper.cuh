@@ -27,6 +27,12 @@ __device__ inline uint4 load_shared(uint32_t at) {
   return v;
 }
 
+__device__ inline uint2 load_shared_8(uint32_t at) {
+  uint2 v;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at) : "memory");
+  return v;
+}
+
 __device__ inline void store_shared_word(uint32_t at, uint32_t v) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(v) : "memory");
 }
@@ -65,6 +71,16 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
                  : "r"(barrier), "r"(parity)
                  : "memory");
   }
+}
+// Counts who leaves what a thread block shares, back to 0 by the last, for whom the counter was `last`; gives what it
+// was.
+__device__ inline unsigned leave(uint32_t counter, unsigned last) {
+  unsigned before;
+  asm volatile("atom.acq_rel.cta.shared::cta.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "r"(counter), "r"(last)
+               : "memory");
+  return before;
 }
 // The numbered barriers of a thread block, for a part of its threads; 0 is __syncthreads().
 __device__ inline void named_barrier(int id, int threads) {
@@ -112,13 +128,20 @@ __device__ inline float4 load_cluster_four(uint32_t there) {
 __device__ inline void barrier_arrive_remote(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// 16 bytes into another thread block's shared memory; seen there after a barrier of the cluster.
-template <typename T>
-__device__ inline void store_remote(uint32_t to, const T& value) {
-  static_assert(sizeof(T) == 16 && alignof(T) == 16);
-  const uint4& v = reinterpret_cast<const uint4&>(value);
-  asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
+// With these a thread's writes to its shared memory are seen by the threads of the cluster that wait.
+__device__ inline void barrier_arrive_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ inline void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
+  uint32_t done = 0;
+  while (done == 0) {
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}\n"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  }
 }
 // From this thread block's shared memory to another's, whose barrier counts the bytes.
 __device__ inline void copy_to_remote(uint32_t to, uint32_t from, uint32_t bytes, uint32_t barrier) {
@@ -215,6 +238,12 @@ __device__ inline uint64_t wgmma_descriptor(uint32_t at) {
 __device__ inline uint64_t narrow_wgmma_descriptor(uint32_t at) {
   return (uint64_t{3} << 62) | (uint64_t{256 >> 4} << 32) | (uint64_t{1} << 16) | ((at & 0x3ffff) >> 4);
 }
+// Of an MN-major tile whose rows are 32, 64 or 128 bytes under the swizzle of that width.
+template <int kRowBytes>
+__device__ inline uint64_t mn_wgmma_descriptor(uint32_t at) {
+  constexpr uint64_t kSwizzle = kRowBytes == 128 ? 1 : kRowBytes == 64 ? 2 : 3, kEight = 8 * kRowBytes >> 4;
+  return (kSwizzle << 62) | (kEight << 32) | (kEight << 16) | ((at & 0x3ffff) >> 4);
+}
 template <bool kMnMajor>
 constexpr uint32_t kDescriptorStep = kMnMajor ? 2048 >> 4 : 32 >> 4;
 
@@ -225,14 +254,16 @@ __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// d = a b^T, or d += a b^T: 64 rows of out by kTokens, 16 of the depth; a MN-major or K-major, b K-major. Thread (warp
+// d = a b^T, or d += a b^T: 64 rows of out by kTokens, 16 of the depth; a and b MN-major or K-major. Thread (warp
 // w, lane 4g + t) of the warpgroup holds in d[4j + i] row 16w + g + 8(i / 2), token 8j + 2t + i % 2.
-template <typename T, bool kMnMajor, int kTokens>
+template <typename T, bool kMnMajor, int kTokens, bool kMnMajorB = false>
 __device__ void wgmma(float (&d)[kTokens / 2], uint64_t a, uint64_t b, bool accumulate);
 
 #define FASTPEFT_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define FASTPEFT_D16(i) FASTPEFT_D4(i), FASTPEFT_D4(i + 4), FASTPEFT_D4(i + 8), FASTPEFT_D4(i + 12)
 #define FASTPEFT_D64(i) FASTPEFT_D16(i), FASTPEFT_D16(i + 16), FASTPEFT_D16(i + 32), FASTPEFT_D16(i + 48)
+#define FASTPEFT_D8(i) FASTPEFT_D4(i), FASTPEFT_D4(i + 4)
+#define FASTPEFT_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define FASTPEFT_R16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define FASTPEFT_R32 FASTPEFT_R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define FASTPEFT_R64                                                                                       \
@@ -245,15 +276,15 @@ __device__ void wgmma(float (&d)[kTokens / 2], uint64_t a, uint64_t b, bool accu
   "%83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, " \
   "%103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, "  \
   "%120, %121, %122, %123, %124, %125, %126, %127"
-// `A`, `B`, `P`, `M`: the operands' numbers behind the accumulators'.
-#define FASTPEFT_WGMMA_OF(TYPE, NAME, N, R, D, A, B, P, M)                                                          \
-  template <bool kMnMajor>                                                                                          \
-  __device__ inline void wgmma_##NAME##_##N(float(&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {            \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE \
-                 "." TYPE " {" R "}, " A ", " B ", p, 1, 1, " M ", 0;\n}\n"                                         \
-                 : D                                                                                                \
-                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kMnMajor ? 1 : 0));                       \
-  }                                                                                                                 \
+// `A`, `B`, `P`, `MA`, `MB`: the operands' numbers behind the accumulators'.
+#define FASTPEFT_WGMMA_OF(TYPE, NAME, N, R, D, A, B, P, MA, MB)                                                       \
+  template <bool kMnMajor, bool kMnMajorB>                                                                            \
+  __device__ inline void wgmma_##NAME##_##N(float(&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {              \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE   \
+                 "." TYPE " {" R "}, " A ", " B ", p, 1, 1, " MA ", " MB ";\n}\n"                                     \
+                 : D                                                                                                  \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kMnMajor ? 1 : 0), "n"(kMnMajorB ? 1 : 0)); \
+  }                                                                                                                   \
   static_assert(true)
 #define FASTPEFT_WGMMA_REGISTERS_OF(TYPE, NAME, N, R, D, A0, A1, A2, A3, B, P)                                      \
   __device__ inline void wgmma_registers_##NAME##_##N(float(&d)[N / 2], const uint32_t* a, uint64_t b,              \
@@ -264,19 +295,21 @@ __device__ void wgmma(float (&d)[kTokens / 2], uint64_t a, uint64_t b, bool accu
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));          \
   }                                                                                                                 \
   static_assert(true)
-#define FASTPEFT_WGMMA_SIZES(TYPE, NAME)                                                                               \
-  FASTPEFT_WGMMA_OF(TYPE, NAME, 32, FASTPEFT_R16, FASTPEFT_D16(0), "%16", "%17", "%18", "%19");                        \
-  FASTPEFT_WGMMA_OF(TYPE, NAME, 64, FASTPEFT_R32, FASTPEFT_D16(0) COMMA FASTPEFT_D16(16), "%32", "%33", "%34", "%35"); \
-  FASTPEFT_WGMMA_OF(TYPE, NAME, 128, FASTPEFT_R64, FASTPEFT_D64(0), "%64", "%65", "%66", "%67");                       \
-  FASTPEFT_WGMMA_OF(TYPE, NAME, 256, FASTPEFT_R128, FASTPEFT_D64(0) COMMA FASTPEFT_D64(64), "%128", "%129", "%130",    \
-                    "%131");                                                                                           \
-  FASTPEFT_WGMMA_REGISTERS_OF(TYPE, NAME, 32, FASTPEFT_R16, FASTPEFT_D16(0), "%16", "%17", "%18", "%19", "%20",        \
-                              "%21");                                                                                  \
-  FASTPEFT_WGMMA_REGISTERS_OF(TYPE, NAME, 64, FASTPEFT_R32, FASTPEFT_D16(0) COMMA FASTPEFT_D16(16), "%32", "%33",      \
-                              "%34", "%35", "%36", "%37");                                                             \
-  FASTPEFT_WGMMA_REGISTERS_OF(TYPE, NAME, 128, FASTPEFT_R64, FASTPEFT_D64(0), "%64", "%65", "%66", "%67", "%68",       \
-                              "%69");                                                                                  \
-  FASTPEFT_WGMMA_REGISTERS_OF(TYPE, NAME, 256, FASTPEFT_R128, FASTPEFT_D64(0) COMMA FASTPEFT_D64(64), "%128", "%129",  \
+#define FASTPEFT_WGMMA_SIZES(TYPE, NAME)                                                                              \
+  FASTPEFT_WGMMA_OF(TYPE, NAME, 16, FASTPEFT_R8, FASTPEFT_D8(0), "%8", "%9", "%10", "%11", "%12");                    \
+  FASTPEFT_WGMMA_OF(TYPE, NAME, 32, FASTPEFT_R16, FASTPEFT_D16(0), "%16", "%17", "%18", "%19", "%20");                \
+  FASTPEFT_WGMMA_OF(TYPE, NAME, 64, FASTPEFT_R32, FASTPEFT_D16(0) COMMA FASTPEFT_D16(16), "%32", "%33", "%34", "%35", \
+                    "%36");                                                                                           \
+  FASTPEFT_WGMMA_OF(TYPE, NAME, 128, FASTPEFT_R64, FASTPEFT_D64(0), "%64", "%65", "%66", "%67", "%68");               \
+  FASTPEFT_WGMMA_OF(TYPE, NAME, 256, FASTPEFT_R128, FASTPEFT_D64(0) COMMA FASTPEFT_D64(64), "%128", "%129", "%130",   \
+                    "%131", "%132");                                                                                  \
+  FASTPEFT_WGMMA_REGISTERS_OF(TYPE, NAME, 32, FASTPEFT_R16, FASTPEFT_D16(0), "%16", "%17", "%18", "%19", "%20",       \
+                              "%21");                                                                                 \
+  FASTPEFT_WGMMA_REGISTERS_OF(TYPE, NAME, 64, FASTPEFT_R32, FASTPEFT_D16(0) COMMA FASTPEFT_D16(16), "%32", "%33",     \
+                              "%34", "%35", "%36", "%37");                                                            \
+  FASTPEFT_WGMMA_REGISTERS_OF(TYPE, NAME, 128, FASTPEFT_R64, FASTPEFT_D64(0), "%64", "%65", "%66", "%67", "%68",      \
+                              "%69");                                                                                 \
+  FASTPEFT_WGMMA_REGISTERS_OF(TYPE, NAME, 256, FASTPEFT_R128, FASTPEFT_D64(0) COMMA FASTPEFT_D64(64), "%128", "%129", \
                               "%130", "%131", "%132", "%133")
 #define COMMA ,
 FASTPEFT_WGMMA_SIZES("bf16", bf16);
@@ -289,21 +322,25 @@ FASTPEFT_WGMMA_SIZES("f16", f16);
 #undef FASTPEFT_R64
 #undef FASTPEFT_R32
 #undef FASTPEFT_R16
+#undef FASTPEFT_R8
 #undef FASTPEFT_D64
 #undef FASTPEFT_D16
+#undef FASTPEFT_D8
 #undef FASTPEFT_D4
 
-template <typename T, bool kMnMajor, int kTokens>
+template <typename T, bool kMnMajor, int kTokens, bool kMnMajorB>
 __device__ inline void wgmma(float (&d)[kTokens / 2], uint64_t a, uint64_t b, bool accumulate) {
   constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
-  if constexpr (kTokens == 32 && kBf16) wgmma_bf16_32<kMnMajor>(d, a, b, accumulate);
-  if constexpr (kTokens == 64 && kBf16) wgmma_bf16_64<kMnMajor>(d, a, b, accumulate);
-  if constexpr (kTokens == 128 && kBf16) wgmma_bf16_128<kMnMajor>(d, a, b, accumulate);
-  if constexpr (kTokens == 256 && kBf16) wgmma_bf16_256<kMnMajor>(d, a, b, accumulate);
-  if constexpr (kTokens == 32 && !kBf16) wgmma_f16_32<kMnMajor>(d, a, b, accumulate);
-  if constexpr (kTokens == 64 && !kBf16) wgmma_f16_64<kMnMajor>(d, a, b, accumulate);
-  if constexpr (kTokens == 128 && !kBf16) wgmma_f16_128<kMnMajor>(d, a, b, accumulate);
-  if constexpr (kTokens == 256 && !kBf16) wgmma_f16_256<kMnMajor>(d, a, b, accumulate);
+  if constexpr (kTokens == 16 && kBf16) wgmma_bf16_16<kMnMajor, kMnMajorB>(d, a, b, accumulate);
+  if constexpr (kTokens == 32 && kBf16) wgmma_bf16_32<kMnMajor, kMnMajorB>(d, a, b, accumulate);
+  if constexpr (kTokens == 64 && kBf16) wgmma_bf16_64<kMnMajor, kMnMajorB>(d, a, b, accumulate);
+  if constexpr (kTokens == 128 && kBf16) wgmma_bf16_128<kMnMajor, kMnMajorB>(d, a, b, accumulate);
+  if constexpr (kTokens == 256 && kBf16) wgmma_bf16_256<kMnMajor, kMnMajorB>(d, a, b, accumulate);
+  if constexpr (kTokens == 16 && !kBf16) wgmma_f16_16<kMnMajor, kMnMajorB>(d, a, b, accumulate);
+  if constexpr (kTokens == 32 && !kBf16) wgmma_f16_32<kMnMajor, kMnMajorB>(d, a, b, accumulate);
+  if constexpr (kTokens == 64 && !kBf16) wgmma_f16_64<kMnMajor, kMnMajorB>(d, a, b, accumulate);
+  if constexpr (kTokens == 128 && !kBf16) wgmma_f16_128<kMnMajor, kMnMajorB>(d, a, b, accumulate);
+  if constexpr (kTokens == 256 && !kBf16) wgmma_f16_256<kMnMajor, kMnMajorB>(d, a, b, accumulate);
 }
 
 // The same with a in registers: thread (warp w, lane 4g + t) holds rows 16w + g and, in odd registers, 16w + g + 8, at
