@@ -128,6 +128,14 @@ __device__ inline float4 load_cluster_four(uint32_t there) {
 __device__ inline void barrier_arrive_remote(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+// 16 bytes into another thread block's shared memory; seen there after a barrier of the cluster.
+template <typename T>
+__device__ inline void store_remote(uint32_t to, const T& value) {
+  static_assert(sizeof(T) == 16 && alignof(T) == 16);
+  const uint4& v = reinterpret_cast<const uint4&>(value);
+  asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
 // With these a thread's writes to its shared memory are seen by the threads of the cluster that wait.
 __device__ inline void barrier_arrive_cluster(uint32_t barrier) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
