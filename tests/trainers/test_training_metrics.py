@@ -20,7 +20,7 @@ from trainers.tiny import losses_of
 from transformers import TrainerCallback
 
 from fastpeft.trainers import SFTTrainer
-from fastpeft.trainers.metrics import Meter, MetricsFile, Stopwatch, memory_bytes
+from fastpeft.trainers.metrics import Meter, MetricsFile, Stopwatch
 from fastpeft.trainers.progress import format_bytes, format_time
 
 MakeTrainer = Callable[..., SFTTrainer]
