@@ -23,7 +23,7 @@ SHAPES = {
     "n4104-k4160": (4104, 4160),
     "chunk-ends-early": (1112, 832),
 }
-TOKENS = [1, 7, 17, 65, 257, 1000]
+TOKENS = [1, 7, 17, 48, 65, 257, 1000]
 
 
 @pytest.fixture(params=["own", "ampere"])
