@@ -21,14 +21,16 @@ struct Layer {
   double p;
   uint64_t seed = 12345;
   Weight* w;
-  T *x, *dy, *y, *dx, *a16, *b16, *a16_again, *xa, *dxa, *bias;
+  T *x, *dy, *y, *dx, *a16, *xa, *dxa, *bias;
   float *a, *b, *da, *db;
   uint8_t* workspace;
   unsigned* counters;
   DType dtype;
 
-  bool early = false;   // the product starts beside it
-  bool beside = false;  // the gradient by A starts beside dx
+  bool early = false;   // the product starts before the down-projection has ended
+  bool beside = false;  // what can be is made beside the products
+  int blocks = -1;      // that many thread blocks for it; -1: as planned
+  float* db_sums;
   cudaStream_t stream = nullptr;
 
   Context context() const { return {reinterpret_cast<uintptr_t>(stream)}; }
@@ -47,15 +49,29 @@ struct Layer {
                        34 << 20,
                        g_counters,
                        true};
-    args.adapter = {rp, transposed ? dxa : xa, rp, transposed ? a16_again : b16, transposed ? p : 0.0, seed};
+    NF4LinearAdapter& a = args.adapter;
+    a.r = rp, a.xa = transposed ? dxa : xa, a.xa_pitch = rp;
+    a.factor = transposed ? this->a : b, a.factor_rank = r, a.scale = transposed ? 1.0 : kScale;
+    a.p = transposed ? p : 0.0, a.seed = seed;
+    if (!besides(transposed)) return args;
+    NF4LinearBeside& side = a.beside;
+    side.ranks = r, side.adapters[0] = adapter(), side.rounded = workspace;
+    if (!transposed) return args;
+    side.xa = xa, side.xa_pitch = rp, side.db = db, side.db_sums = db_sums;
+    if (p > 0) return args;
+    side.gradient_ranks = r, side.x = x, side.dxa = dxa, side.da[0] = da, side.da_r[0] = r;
     return args;
   }
+  bool besides(bool) const { return beside && r % 8 == 0 && r <= tiles::kMostBesideRanks && p == 0; }
   tiles::Plan plan(bool transposed, bool adapter = true) const {
-    return tiles::make_plan(m, transposed ? k : n, transposed ? n : k, device_limits().sms, !transposed,
-                            adapter ? tiles::kAdapterTokens : 0);
+    const int out = transposed ? k : n, depth = transposed ? n : k, sms = device_limits().sms;
+    if (!adapter) return tiles::make_plan(m, out, depth, sms, !transposed);
+    if (!besides(transposed)) return tiles::make_plan(m, out, depth, sms, !transposed, tiles::kAdapterTokens);
+    const tiles::Beside work{r, transposed && p == 0 ? r : 0};
+    return tiles::choose_beside(m, out, depth, sms, !transposed, work, blocks);
   }
   void project() const {
-    LoraProjectArgs args{x, dtype, m, k, {adapter()}, 1, a16, {b16}, xa, p, seed};
+    LoraProjectArgs args{x, dtype, m, k, {adapter()}, 1, a16, xa, p, seed};
     lora_project(args, context());
   }
   void forward_product() const {
@@ -69,7 +85,7 @@ struct Layer {
     nf4_linear_tiles(args, plan(transposed, false), context());
   }
   void dy_pass() const {
-    lora_backward({dy, dtype, m, k, adapter(), xa, rp, dxa, rp, db, a16_again, workspace, kWorkspace}, context());
+    lora_backward({dy, dtype, m, adapter(), xa, rp, dxa, rp, db, workspace, kWorkspace}, context());
   }
   void backward_product(bool add = false) const {
     NF4LinearArgs args = product(true);
@@ -77,11 +93,18 @@ struct Layer {
     nf4_linear_tiles(args, plan(true), context());
   }
   void gradient() const {
-    LoraGradientArgs args{x, dtype, m, k, dxa, 1, {da}, {r}, p, seed, workspace, kWorkspace, counters, beside};
+    LoraGradientArgs args{x, dtype, m, k, dxa, 1, {da}, {r}, p, seed, workspace, kWorkspace, counters};
     lora_gradient(args, context());
   }
-  void forward() const { project(), forward_product(); }
-  void backward() const { dy_pass(), backward_product(), gradient(); }
+  void forward() const {
+    if (!besides(false) || !plan(false).makes) project();
+    forward_product();
+  }
+  void backward() const {
+    if (!besides(true) || !plan(true).makes) dy_pass();
+    if (!besides(true) || !plan(true).makes_gradient) gradient();
+    backward_product();
+  }
 };
 
 template <typename T>
@@ -90,8 +113,7 @@ Layer<T> make_layer(int m, int n, int k, int r, double p, Weight* w, DType dtype
   l.w = w, l.dtype = dtype;
   l.x = allocate<T>(size_t(m) * k), l.dx = allocate<T>(size_t(m) * k);
   l.dy = allocate<T>(size_t(m) * n), l.y = allocate<T>(size_t(m) * n);
-  l.a16 = allocate<T>(size_t(l.rp) * k), l.a16_again = allocate<T>(size_t(l.rp) * k),
-  l.b16 = allocate<T>(size_t(n) * l.rp);
+  l.a16 = allocate<T>(size_t(l.rp) * k), l.db_sums = allocate<float>(size_t(n) * r * tiles::kMostBesideBlocks);
   l.xa = allocate<T>(size_t(m) * l.rp), l.dxa = allocate<T>(size_t(m) * l.rp), l.bias = allocate<T>(n);
   l.a = allocate<float>(size_t(r) * k), l.da = allocate<float>(size_t(r) * k);
   l.b = allocate<float>(size_t(n) * r), l.db = allocate<float>(size_t(n) * r);
@@ -108,9 +130,9 @@ Layer<T> make_layer(int m, int n, int k, int r, double p, Weight* w, DType dtype
 }
 template <typename T>
 void release(Layer<T>& l) {
-  for (void* p : {(void*)l.x, (void*)l.dx, (void*)l.dy, (void*)l.y, (void*)l.a16, (void*)l.a16_again, (void*)l.b16,
-                  (void*)l.xa, (void*)l.dxa, (void*)l.bias, (void*)l.a, (void*)l.da, (void*)l.b, (void*)l.db,
-                  (void*)l.workspace, (void*)l.counters}) {
+  for (void* p :
+       {(void*)l.x, (void*)l.dx, (void*)l.dy, (void*)l.y, (void*)l.a16, (void*)l.db_sums, (void*)l.xa, (void*)l.dxa,
+        (void*)l.bias, (void*)l.a, (void*)l.da, (void*)l.b, (void*)l.db, (void*)l.workspace, (void*)l.counters}) {
     CK(cudaFree(p));
   }
 }
@@ -122,8 +144,9 @@ struct Operand {
   const From* at;
   int64_t row, column;
   const float* keep;  // of the same places, or null
+  float scale = 1.0f;
   __device__ double operator()(int64_t i, int64_t j) const {
-    const double v = to_float(from_float<T>(to_float(at[i * row + j * column])));
+    const double v = to_float(from_float<T>(to_float(at[i * row + j * column]) * scale));
     return keep == nullptr ? v : v * keep[i * row + j * column];
   }
 };
@@ -175,10 +198,11 @@ Verdict compare(const T* got, const double* want, int rows, int columns, int pit
 }
 
 template <typename T>
-int check_layer(int m, int n, int k, int r, double p, DType dtype, bool overlapped) {
+int check_layer(int m, int n, int k, int r, double p, DType dtype, bool overlapped, bool beside) {
   Weight w = make_weight(n, k, 64, true, 17 * n + k);
   Layer<T> l = make_layer<T>(m, n, k, r, p, &w, dtype);
-  l.early = overlapped, l.beside = overlapped;
+  l.early = overlapped, l.beside = beside;
+  if (beside && overlapped) l.blocks = 4;  // whatever is planned
   float* keep = allocate<float>(size_t(m) * k);
   {
     std::vector<float> ones(size_t(m) * k, 1.0f);
@@ -195,18 +219,19 @@ int check_layer(int m, int n, int k, int r, double p, DType dtype, bool overlapp
   int bad = 0;
   const auto report = [&](const char* what, Verdict v) {
     if (v.ok) return;
-    printf("FAIL %s m %d n %d k %d r %d p %.2f %s overlapped %d: worst %.2e\n", what, m, n, k, r, p,
-           dtype == DType::kBFloat16 ? "bf16" : "fp16", overlapped, v.worst);
+    printf("FAIL %s m %d n %d k %d r %d p %.2f %s overlapped %d beside %d: worst %.2e\n", what, m, n, k, r, p,
+           dtype == DType::kBFloat16 ? "bf16" : "fp16", overlapped, beside, v.worst);
     ++bad;
   };
   using Sixteen = Operand<T, T>;
   using Master = Operand<float, T>;
+  using ScaledMaster = Operand<float, T>;
   for (int run = 0; run < 2; ++run) {
     const std::vector<std::pair<void*, size_t>> outputs = {
-        {l.xa, size_t(m) * l.rp * 2},      {l.y, size_t(m) * n * 2},       {l.dxa, size_t(m) * l.rp * 2},
-        {l.dx, size_t(m) * k * 2},         {l.da, size_t(r) * k * 4},      {l.db, size_t(n) * r * 4},
-        {l.a16, size_t(l.rp) * k * 2},     {l.b16, size_t(n) * l.rp * 2},  {l.a16_again, size_t(l.rp) * k * 2},
-        {l.workspace, size_t(kWorkspace)}, {g_workspace, size_t(34) << 20}};
+        {l.xa, size_t(m) * l.rp * 2},   {l.y, size_t(m) * n * 2},        {l.dxa, size_t(m) * l.rp * 2},
+        {l.dx, size_t(m) * k * 2},      {l.da, size_t(r) * k * 4},       {l.db, size_t(n) * r * 4},
+        {l.a16, size_t(l.rp) * k * 2},  {l.db_sums, size_t(n) * r * 16}, {l.workspace, size_t(kWorkspace)},
+        {g_workspace, size_t(34) << 20}};
     for (const auto& output : outputs) CK(cudaMemset(output.first, 0xff, output.second));
     l.forward();
     CK(cudaDeviceSynchronize());
@@ -219,8 +244,8 @@ int check_layer(int m, int n, int k, int r, double p, DType dtype, bool overlapp
     report("xa", compare(l.xa, want, m, r, l.rp, tight, &keep_xa));
     plain<<<grid(m, n), 256>>>(Sixteen{l.x, k, 1, nullptr}, Sixteen{dense, 1, k, nullptr}, m, n, k, 1.0, nullptr, false,
                                want);
-    plain<<<grid(m, n), 256>>>(Sixteen{l.xa, l.rp, 1, nullptr}, Sixteen{l.b16, 1, l.rp, nullptr}, m, n, r, 1.0, nullptr,
-                               true, want);
+    plain<<<grid(m, n), 256>>>(Sixteen{l.xa, l.rp, 1, nullptr}, ScaledMaster{l.b, 1, r, nullptr, kScale}, m, n, r, 1.0,
+                               nullptr, true, want);
     add_bias<<<unsigned((size_t(m) * n + 255) / 256), 256>>>(want, l.bias, m, n);
     report("y", compare(l.y, want, m, n, n, tight, &keep_y));
     plain<<<grid(m, r), 256>>>(Sixteen{l.dy, n, 1, nullptr}, Master{l.b, r, 1, nullptr}, m, r, n, kScale, nullptr,
@@ -239,6 +264,7 @@ int check_layer(int m, int n, int k, int r, double p, DType dtype, bool overlapp
     report("dA", compare(l.da, want, r, k, k, 1e-4, &keep_da));
   }
   // Added to what is there: both are rounded.
+  CK(cudaMemset(l.db, 0xff, size_t(n) * r * 4));
   l.backward_product(true);
   CK(cudaDeviceSynchronize());
   plain<<<grid(m, k), 256>>>(Sixteen{l.dxa, l.rp, 1, nullptr}, Master{l.a, k, 1, nullptr}, m, k, r, 2.0,
@@ -266,13 +292,16 @@ int check() {
   const int shapes[][3] = {{128, 128, 64},    {100, 136, 192},   {257, 1112, 832},   {700, 200, 2048},
                            {1000, 1024, 640}, {2304, 2176, 320}, {1024, 4096, 4096}, {333, 512, 4160}};
   for (const auto& s : shapes) {
-    for (const int r : {16, 1, 64, 8, 100, 200, 256}) {
+    for (const int r : {16, 1, 64, 8, 24, 40, 100, 200, 256}) {
       if (r > 64 && s[0] > 700) continue;
       for (const double p : {0.0, 0.3}) {
-        const bool overlapped = cases % 2 == 1;
-        const int failed = cases % 4 == 3 ? check_layer<Float16>(s[0], s[1], s[2], r, p, DType::kFloat16, overlapped)
-                                          : check_layer<BFloat16>(s[0], s[1], s[2], r, p, DType::kBFloat16, overlapped);
-        bad += failed != 0, ++cases;
+        for (const bool beside : {false, true}) {
+          const bool overlapped = cases % 2 == 1;
+          const int failed = cases % 4 == 3
+                                 ? check_layer<Float16>(s[0], s[1], s[2], r, p, DType::kFloat16, overlapped, beside)
+                                 : check_layer<BFloat16>(s[0], s[1], s[2], r, p, DType::kBFloat16, overlapped, beside);
+          bad += failed != 0, ++cases;
+        }
       }
     }
   }
@@ -281,7 +310,7 @@ int check() {
 }
 
 // --- time ------------------------------------------------------------------------------------------------------------
-void time_shape(const Cublas& cublas, int m, int n, int k, cudaStream_t stream) {
+void time_shape(const Cublas& cublas, int m, int n, int k, cudaStream_t stream, bool variants) {
   constexpr int kSets = 3;
   std::vector<Weight> ws;
   for (int i = 0; i < kSets; ++i) ws.push_back(make_weight(n, k, 64, true, 100 + i));
@@ -297,9 +326,9 @@ void time_shape(const Cublas& cublas, int m, int n, int k, cudaStream_t stream) 
       const auto add = [&](const char* name, auto body) {
         list.push_back({name, [&sets, body](int i) { body(sets[i % kSets]); }});
       };
-      const auto with = [](const Layer<BFloat16>& l, bool early, bool beside) {
+      const auto with = [](const Layer<BFloat16>& l, bool beside, int blocks = -1) {
         Layer<BFloat16> copy = l;
-        copy.early = early, copy.beside = beside;
+        copy.early = true, copy.beside = beside, copy.blocks = blocks;
         return copy;
       };
       add("cublas y", [&](auto& l) { cublas({m, n, k, false}, l.x, l.w->decoded[1], l.y); });
@@ -312,20 +341,30 @@ void time_shape(const Cublas& cublas, int m, int n, int k, cudaStream_t stream) 
       add("dx+", [](auto& l) { l.backward_product(); });
       add("dA", [](auto& l) { l.gradient(); });
       const int forward_from = static_cast<int>(list.size());
-      add("fwd", [=](auto& l) { with(l, false, false).forward(); });
-      add("fwd early", [=](auto& l) { with(l, true, false).forward(); });
+      add("fwd", [=](auto& l) { with(l, false).forward(); });
+      add("fwd beside", [=](auto& l) { with(l, true).forward(); });
       const int backward_from = static_cast<int>(list.size());
-      add("bwd", [=](auto& l) { with(l, false, false).backward(); });
-      add("bwd beside", [=](auto& l) { with(l, false, true).backward(); });
+      add("bwd", [=](auto& l) { with(l, false).backward(); });
+      add("bwd beside", [=](auto& l) { with(l, true).backward(); });
+      const int variants_from = static_cast<int>(list.size());
+      if (variants && p == 0) {
+        for (const int blocks : {2, 4, 6}) {
+          add("F", [=](auto& l) { with(l, true, blocks).forward(); });
+          add("B", [=](auto& l) { with(l, true, blocks).backward(); });
+        }
+      }
       measure(list, 12, stream);
       printf("m %d n %d k %d r %d p %.2f |", m, n, k, r, p);
       for (const Contender& c : list) printf(" %s %.1f", c.name.c_str(), c.us);
+      const tiles::Plan fp = with(sets[0], true).plan(false), bp = with(sets[0], true).plan(true);
+      printf(" | planned: forward %d blocks, backward %d blocks for %s%s", fp.beside_blocks, bp.beside_blocks,
+             bp.makes ? "dxa and dB " : "", bp.makes_gradient ? "dA" : "");
       const auto best = [&](int from, int to) {
         return std::min_element(list.begin() + from, list.begin() + to,
                                 [](const Contender& a, const Contender& b) { return a.us < b.us; });
       };
       const float dense = list[0].us + list[1].us;
-      const auto fwd = best(forward_from, backward_from), bwd = best(backward_from, static_cast<int>(list.size()));
+      const auto fwd = best(forward_from, backward_from), bwd = best(backward_from, variants_from);
       printf(" | of dense: nf4 %.3f, plain order %.3f, best (%s, %s) %.3f\n", (list[2].us + list[3].us) / dense,
              (list[forward_from].us + list[backward_from].us) / dense, fwd->name.c_str(), bwd->name.c_str(),
              (fwd->us + bwd->us) / dense);
@@ -349,7 +388,7 @@ int lora(const char* cublas_path, std::vector<int> ms) {
   if (ms.empty()) ms = {8192};
   for (const int m : ms) {
     for (const auto& [n, k] : {std::pair{4096, 4096}, {14336, 4096}, {4096, 14336}})
-      time_shape(cublas, m, n, k, stream);
+      time_shape(cublas, m, n, k, stream, std::getenv("VARIANTS") != nullptr);
   }
   return failed;
 }

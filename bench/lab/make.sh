@@ -3,7 +3,7 @@
 cd "$(dirname "$0")" || exit 1
 mkdir -p build
 core=../../csrc/cuda
-for source in $core/nf4.cu $core/nf4_linear_tiles.cu $core/nf4_linear_tiles_adapter.cu $core/nf4_linear_fragments.cu $core/lora.cu $core/dropout.cu \
+for source in $core/nf4.cu $core/nf4_linear_tiles.cu $core/nf4_linear_tiles_adapter.cu $core/nf4_linear_fragments.cu $core/lora.cu $core/lora_beside.cu $core/dropout.cu \
   nf4_linear.cu lora.cu; do
   case $source in $core/*) object=build/core_$(basename "$source" .cu).o ;; *) object=build/$(basename "$source" .cu).o ;; esac
   if [ -f "$object" ] && [ -z "$(find ../../csrc lab.cuh "$source" -newer "$object")" ]; then continue; fi

@@ -1,7 +1,10 @@
 // Bindings of fastpeft/nf4_linear.h, and of the choice between its kernels.
 #include "fastpeft/nf4_linear.h"
 
+#include <algorithm>
+
 #include "bindings/bindings.h"
+#include "common/error.h"
 #include "cuda/nf4_linear_config.h"
 
 namespace py = pybind11;
@@ -10,12 +13,51 @@ namespace fastpeft::bindings {
 
 void bind_nf4_linear(py::module_& m) {
   py::class_<NF4LinearAdapter>(m, "NF4LinearAdapter")
-      .def(py::init([](int64_t r, Address xa, int64_t xa_pitch, Address factor, double p, uint64_t seed, bool add_to_y,
-                       bool early) {
-             return NF4LinearAdapter{r, at<void>(xa), xa_pitch, at<void>(factor), p, seed, add_to_y, early};
+      .def(py::init([](Address xa, int64_t xa_pitch, Address factor, int64_t rank, double scale, double p,
+                       uint64_t seed, bool add_to_y, bool early) {
+             NF4LinearAdapter adapter{};
+             adapter.r = padded_rank(rank), adapter.xa = at<void>(xa), adapter.xa_pitch = xa_pitch;
+             adapter.factor = at<float>(factor), adapter.factor_rank = rank, adapter.scale = scale;
+             adapter.p = p, adapter.seed = seed, adapter.add_to_y = add_to_y, adapter.early = early;
+             return adapter;
            }),
-           py::arg("r"), py::arg("xa"), py::arg("xa_pitch"), py::arg("factor"), py::arg("p"), py::arg("seed"),
-           py::arg("add_to_y"), py::arg("early"));
+           py::arg("xa"), py::arg("xa_pitch"), py::arg("factor"), py::arg("rank"), py::arg("scale"), py::arg("p"),
+           py::arg("seed"), py::arg("add_to_y"), py::arg("early"))
+      .def(
+          "make_xa",
+          [](NF4LinearAdapter& adapter, const std::vector<LoraAdapter>& adapters, Address workspace) {
+            check(adapters.size() <= kMostAdapters, "make_xa: ", adapters.size(), " adapters; at most ", kMostAdapters);
+            NF4LinearBeside& beside = adapter.beside;
+            std::copy(adapters.begin(), adapters.end(), beside.adapters);
+            for (const LoraAdapter& each : adapters) beside.ranks += each.r;
+            beside.rounded = at<void>(workspace);
+          },
+          py::arg("adapters"), py::arg("workspace"))
+      .def(
+          "make_dxa",
+          [](NF4LinearAdapter& adapter, const LoraAdapter& own, Address xa, int64_t xa_pitch, Address db,
+             Address workspace) {
+            NF4LinearBeside& beside = adapter.beside;
+            beside.ranks = own.r, beside.adapters[0] = own;
+            beside.xa = at<void>(xa), beside.xa_pitch = xa_pitch, beside.db = at<float>(db);
+            beside.rounded = at<void>(workspace);
+            beside.db_sums = at<float>(workspace == 0 ? 0 : workspace + 2 * own.n * own.r);
+          },
+          py::arg("own"), py::arg("xa"), py::arg("xa_pitch"), py::arg("db"), py::arg("workspace"))
+      .def(
+          "make_da",
+          [](NF4LinearAdapter& adapter, Address x, Address dxa, const std::vector<Address>& da,
+             const std::vector<int64_t>& ranks) {
+            check(da.size() == ranks.size() && da.size() <= kMostAdapters, "make_da: ", da.size(), " gradients of ",
+                  ranks.size(), " adapters; needs as many, and at most ", kMostAdapters);
+            NF4LinearBeside& beside = adapter.beside;
+            beside.x = at<void>(x), beside.dxa = at<void>(dxa);
+            for (size_t i = 0; i < da.size(); ++i) {
+              beside.da[i] = at<float>(da[i]), beside.da_r[i] = ranks[i];
+              beside.gradient_ranks += ranks[i];
+            }
+          },
+          py::arg("x"), py::arg("dxa"), py::arg("da"), py::arg("ranks"));
   m.def(
       "nf4_linear_plan",
       [](int64_t rows, int64_t n, int64_t k, bool transposed, int64_t block_size, int dtype, bool aligned,

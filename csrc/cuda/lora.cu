@@ -109,8 +109,7 @@ void launch_backward(const lora_dy::Problem& p, const lora_dy::Finish& f, DType 
            Grid{.blocks = blocks, .threads = lora_dy::kThreads, .smem_bytes = lora_dy::Config<kRank>::kBytes}, context,
            p);
   }
-  Grid grid =
-      cover((f.m + f.n) * (kRank / 4) + lora_cast::total(f.cast), lora_dy::kFinishThreads, lora_dy::kFinishThreads);
+  Grid grid = cover((f.m + f.n) * (kRank / 4), lora_dy::kFinishThreads, lora_dy::kFinishThreads);
   grid.overlap_launch = overlap;
   launch(what, lora_dy::finish_kernel<T>, grid, context, f);
 }
@@ -148,10 +147,8 @@ void lora_project(const LoraProjectArgs& args, const Context& context) {
     for (int64_t i = 0; i < args.count; ++i) {
       const LoraAdapter& a = args.adapters[i];
       const int64_t padded = padded_rank(a.r);
-      check(a.r >= 1 && is_aligned(args.b16[i]), "lora_project: adapter ", i, " has rank ", a.r,
-            ", or its copy of B is not aligned to 16 bytes");
-      lora_cast::append(segments, a.a, static_cast<T*>(args.a16) + rank * args.k, a.r, args.k, padded, args.k, 1.0);
-      lora_cast::append(segments, a.b, args.b16[i], a.n, a.r, a.n, padded, a.scale);
+      check(a.r >= 1, "lora_project: adapter ", i, " has rank ", a.r);
+      lora_cast::append(segments, a.a, static_cast<T*>(args.a16) + rank * args.k, a.r, args.k, padded);
       rank += padded;
     }
     cast<T>(segments, context);
@@ -177,7 +174,7 @@ void lora_backward(const LoraBackwardArgs& args, const Context& context) {
   check_sizes("lora_backward", args.m, a.n, "n", 0.0);
   check(a.r >= 1 && args.xa_pitch % 8 == 0 && args.dxa_pitch % 8 == 0, "lora_backward: rank ", a.r,
         ", rows of xa and dxa every ", args.xa_pitch, " and ", args.dxa_pitch, " elements; needs multiples of 8");
-  check_aligned("lora_backward", {args.dy, args.xa, args.dxa, args.a16, args.workspace});
+  check_aligned("lora_backward", {args.dy, args.xa, args.dxa, args.workspace});
   const lora_dy::Plan plan = lora_dy::make_plan(std::max<int64_t>(args.m, 1), a.n, device_limits());
   const int64_t needed = lora_dy::workspace_bytes(plan, args.m, a.n, a.r);
   check(args.workspace_bytes >= needed, "lora_backward: the workspace has ", args.workspace_bytes, " bytes; needs ",
@@ -206,9 +203,6 @@ void lora_backward(const LoraBackwardArgs& args, const Context& context) {
       f.scale = static_cast<float>(a.scale);
       f.dxa = static_cast<T*>(args.dxa) + first, f.dxa_pitch = static_cast<int>(args.dxa_pitch);
       f.db = args.db + first, f.db_pitch = static_cast<int>(a.r);
-      if (first == 0 && args.a16 != nullptr) {
-        lora_cast::append(f.cast, a.a, args.a16, a.r, args.k, padded_rank(a.r), args.k, 1.0);
-      }
       switch (stored) {
         case 16: launch_backward<T, 16>(p, f, args.dtype, context); break;
         case 32: launch_backward<T, 32>(p, f, args.dtype, context); break;
@@ -244,7 +238,6 @@ void lora_gradient(const LoraGradientArgs& args, const Context& context) {
       p.r = static_cast<int>(std::min<int64_t>(rank - first, lora_da::kMostRank));
       p.dxa_pitch = static_cast<int>(rank);
       p.mask = make_mask(args.p, args.seed);
-      p.beside = args.beside && first == 0 && device_limits().wgmma;
       p.plan = plan;
       p.parts = static_cast<float*>(args.workspace), p.counters = args.counters;
       int64_t row = -first;  // of an adapter's first, among this launch's

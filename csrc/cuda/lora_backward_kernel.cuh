@@ -17,7 +17,6 @@
 #include "cuda/device/hopper.cuh"
 #include "cuda/device/numbers.cuh"
 #include "cuda/device/ptx.cuh"
-#include "cuda/lora_cast.cuh"
 #include "cuda/lora_plan.h"
 
 namespace fastpeft::cuda::lora_dy {
@@ -203,7 +202,6 @@ struct Finish {
   int dxa_pitch;
   float* db;
   int db_pitch;
-  lora_cast::Segments cast;
 };
 
 constexpr int kFinishThreads = 256;
@@ -246,9 +244,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const __grid_con
     for (int i = 0; i < 4; ++i) {
       if (column + i < f.r) to[i] = values[i] * f.scale;
     }
-    return;
   }
-  lora_cast::cast<T>(f.cast, at - f.n * fours);
 }
 
 }  // namespace fastpeft::cuda::lora_dy

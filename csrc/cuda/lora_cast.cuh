@@ -1,4 +1,4 @@
-// Copies of adapter matrices in a 16-bit type, scaled, and padded with zeros.
+// Copies of adapter matrices in a 16-bit type, padded with rows of zeros.
 #pragma once
 
 #include <cstdint>
@@ -10,27 +10,19 @@ namespace fastpeft::cuda::lora_cast {
 
 struct Segment {
   const float* from;  // [rows, columns]
-  void* to;           // [to_rows, to_columns], to_columns % 8 == 0, at a 16-byte boundary
-  int rows, columns, to_columns;
-  float scale;
+  void* to;           // [to_rows, columns], columns % 8 == 0, at a 16-byte boundary
+  int rows, columns;
   int64_t end;  // in eights of elements, all segments laid end to end
 };
 
 struct Segments {
-  Segment list[2 * kMostAdapters];
+  Segment list[kMostAdapters];
   int count;
 };
 
-inline void append(Segments& s, const float* from, void* to, int64_t rows, int64_t columns, int64_t to_rows,
-                   int64_t to_columns, double scale) {
+inline void append(Segments& s, const float* from, void* to, int64_t rows, int64_t columns, int64_t to_rows) {
   const int64_t begin = s.count == 0 ? 0 : s.list[s.count - 1].end;
-  s.list[s.count++] = {from,
-                       to,
-                       static_cast<int>(rows),
-                       static_cast<int>(columns),
-                       static_cast<int>(to_columns),
-                       static_cast<float>(scale),
-                       begin + to_rows * to_columns / 8};
+  s.list[s.count++] = {from, to, static_cast<int>(rows), static_cast<int>(columns), begin + to_rows * columns / 8};
 }
 inline int64_t total(const Segments& s) { return s.count == 0 ? 0 : s.list[s.count - 1].end; }
 
@@ -43,13 +35,11 @@ __device__ inline void cast(const Segments& segments, int64_t at) {
     const Segment& s = segments.list[i];
     if (at < s.end) {
       const int64_t first = (at - begin) * 8;
-      const int row = static_cast<int>(first / s.to_columns), column = static_cast<int>(first % s.to_columns);
-      const float* from = s.from + static_cast<int64_t>(row) * s.columns + column;
+      const int row = static_cast<int>(first / s.columns);
       Pack<T, 8> pack;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const bool present = row < s.rows && column + j < s.columns;
-        pack.values[j] = from_float<T>(present ? from[j] * s.scale : 0.0f);
+        pack.values[j] = from_float<T>(row < s.rows ? s.from[first + j] : 0.0f);
       }
       store_pack(static_cast<T*>(s.to) + first, pack);
       return;

@@ -35,7 +35,6 @@ struct Problem {
   int m, k, r;  // r: of this launch, at most kRank
   int dxa_pitch;
   Mask mask;
-  bool beside;
   Rows rows;
   Plan plan;
   float* parts;        // [slot][kRank][kColumns]
@@ -88,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Pr
   const int warp_column = warp % (2 * C::kSplit) * (128 / C::kSplit), group = warp / 2 / C::kSplit;
   const int first_step = static_cast<int>(blockIdx.x) * p.plan.share;
   const int end_step = min(first_step + p.plan.share, p.plan.column_blocks * p.plan.steps);
-  if (!p.beside) wait_for_kernel_before();
+  wait_for_kernel_before();
   let_next_kernel_start();
 
   int coming = first_step, end = first_step;  // `end`: of the steps of the block of columns at hand
@@ -236,7 +235,6 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Pr
     }
     __syncthreads();  // the sums have been read, and the ring may be filled again
   }
-  if (p.beside) wait_for_kernel_before();  // so that who waits for this kernel has waited for the one before
 }
 
 }  // namespace fastpeft::cuda::lora_da

@@ -54,8 +54,16 @@ void nf4_linear(const NF4LinearArgs& args, const Context& context) {
   limits.wgmma = limits.wgmma && args.wgmma;
   const bool nested = args.w.nested_absmax != nullptr;
   const NF4LinearPlan plan = nf4_linear_plan(
-      {args.m, args.n, args.k, args.transposed, args.w.block_size, args.dtype,
-       is_aligned(args.x) && is_aligned(args.w.codes), nested && is_aligned(args.w.absmax), args.adapter.r},
+      {args.m,
+       args.n,
+       args.k,
+       args.transposed,
+       args.w.block_size,
+       args.dtype,
+       is_aligned(args.x) && is_aligned(args.w.codes),
+       nested && is_aligned(args.w.absmax),
+       args.adapter.r,
+       {static_cast<int>(args.adapter.beside.ranks), static_cast<int>(args.adapter.beside.gradient_ranks)}},
       limits);
   check(args.workspace_bytes >= plan.workspace_bytes, "nf4_linear: the workspace has ", args.workspace_bytes,
         " bytes; ", plan.reason, " needs ", plan.workspace_bytes);

@@ -104,9 +104,10 @@ struct NF4LinearSizes {
   bool transposed;  // y[m, k] = x[m, n] @ W
   int64_t block_size;
   DType dtype;
-  bool aligned;         // x and the codes lie at 16-byte boundaries
-  bool aligned_scales;  // the scales are of 8 bits and do so too
-  int64_t rank = 0;     // of an adapter that takes part, a multiple of 8; 0: none
+  bool aligned;                // x and the codes lie at 16-byte boundaries
+  bool aligned_scales;         // the scales are of 8 bits and do so too
+  int64_t rank = 0;            // of an adapter that takes part, a multiple of 8; 0: none
+  nf4_tiles::Beside beside{};  // what is made beside the product
 };
 
 enum class NF4LinearKernel : int { kDequantise, kDecode, kFragments, kTiles, kMma };
@@ -160,14 +161,15 @@ inline NF4LinearPlan nf4_linear_plan(const NF4LinearSizes& s, const DeviceLimits
   if (odd.empty() && s.transposed && s.n % 8 != 0) odd = concat("n is ", s.n, ", no multiple of 8");
   if (odd.empty() && device.wgmma && device.smem_bytes >= nf4_tiles::kSmemBytes) {
     plan.tiles = nf4_tiles::make_plan(m, s.transposed ? k : n, s.transposed ? n : k, device.sms, !s.transposed,
-                                      s.rank > 0 ? nf4_tiles::kAdapterTokens : 0);
+                                      s.rank > 0 ? nf4_tiles::kAdapterTokens : 0, s.beside);
     plan.kernel = plan.tiles.fragments ? NF4LinearKernel::kFragments : NF4LinearKernel::kTiles;
     plan.workspace_bytes = nf4_tiles::workspace_bytes(plan.tiles);
     plan.counters = nf4_tiles::counters(plan.tiles);
     plan.reason = concat(plan.tiles.fragments ? "fragments: " : "tiles: ", nf4_tiles::kTileOut, " x ",
                          plan.tiles.tokens, ", clusters of ", plan.tiles.cluster, ", ", nf4_tiles::grid(plan.tiles),
                          " blocks, ", plan.tiles.whole_waves, " whole waves, ", plan.tiles.shared, " shared units",
-                         s.rank > 0 ? concat(", rank ", s.rank) : "");
+                         s.rank > 0 ? concat(", rank ", s.rank) : "",
+                         plan.tiles.beside_blocks > 0 ? concat(", ", plan.tiles.beside_blocks, " beside") : "");
     return plan;
   }
   if (odd.empty())

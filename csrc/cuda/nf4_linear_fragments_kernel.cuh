@@ -24,7 +24,6 @@ using nf4_tiles::kChunkSteps;
 using nf4_tiles::kStep;
 using nf4_tiles::kTileOut;
 using nf4_tiles::Problem;
-using nf4_tiles::Ring;
 
 constexpr int kStrips = 2;  // of 64 rows, in a tile
 

@@ -12,6 +12,9 @@ void nf4_linear_tiles(const NF4LinearArgs& args, const nf4_tiles::Plan& plan, co
 // The same where args.adapter is set.
 void nf4_linear_tiles_adapter(const NF4LinearArgs& args, const nf4_tiles::Plan& plan, const Context& context);
 
+// What is made beside the product of a plan with `beside_blocks`; the product is to be launched next.
+void lora_beside_product(const NF4LinearArgs& args, const nf4_tiles::Plan& plan, const Context& context);
+
 // The same for plans with `fragments`.
 void nf4_linear_fragments(const NF4LinearArgs& args, const nf4_tiles::Plan& plan, const Context& context);
 

@@ -24,10 +24,11 @@ void choose_direction(const NF4LinearArgs& args, const nf4_tiles::Plan& plan, co
 
 void nf4_linear_tiles_adapter(const NF4LinearArgs& args, const nf4_tiles::Plan& plan, const Context& context) {
   const NF4LinearAdapter& a = args.adapter;
-  check(a.r <= nf4_tiles::kMostRank && a.r % 8 == 0 && a.xa_pitch % 8 == 0 && is_aligned(a.xa) && is_aligned(a.factor),
+  check(a.r <= nf4_tiles::kMostRank && a.r % 8 == 0 && a.xa_pitch % 8 == 0 && is_aligned(a.xa),
         "nf4_linear: an adapter of rank ", a.r, ", a row of xa every ", a.xa_pitch,
         " elements; needs multiples of 8, a rank of at most ", nf4_tiles::kMostRank, ", and 16-byte alignment");
   check(!a.add_to_y || is_aligned(args.y), "nf4_linear: y to add to is not aligned to 16 bytes");
+  if (plan.beside_blocks > 0) lora_beside_product(args, plan, context);
   args.dtype == DType::kBFloat16 ? choose_direction<BFloat16>(args, plan, context)
                                  : choose_direction<Float16>(args, plan, context);
 }

@@ -18,6 +18,9 @@
 #include <cstdint>
 
 #include "cuda/device/dropout.cuh"
+#include "cuda/device/hopper.cuh"
+#include "cuda/device/numbers.cuh"
+#include "cuda/nf4_linear_tiles_plan.h"
 
 namespace fastpeft::cuda::nf4_tiles {
 
@@ -25,47 +28,65 @@ struct NoAdapter {
   static constexpr int r = 0;
 };
 
-constexpr int kPieceRank = 16;
-
 struct Adapter {
-  CUtensorMap xa;      // T [m, r], in boxes of kPieceRank columns under the 32-byte swizzle
-  const void* factor;  // T: forward B times the scale, [out, r]; backward A, [r, out]
-  int r;               // a multiple of 8
+  CUtensorMap xa;       // T [m, r], in boxes of kPieceRank columns under the 32-byte swizzle
+  const float* factor;  // forward B, [out, factor_rank]; backward A, [factor_rank, out]
+  int r, factor_rank;   // r: a multiple of 8
+  float scale;          // of the factor
   Mask mask;
   uint32_t low_keys[kPhiloxRounds], high_keys[kPhiloxRounds];  // of its generator, made on the host
   bool add_to_y;                                               // y += instead of y =
-  bool early;  // forward: the kernel before makes xa and nothing else that is read here, and may still be running
+  bool early;  // the kernel before makes xa and nothing else that is read here, and may still be running
+  // With `early`: of each kReadyTokens tokens, how often the kernel before has written to xa; `writers`: how often it
+  // does; null: xa is whole when that kernel has ended. Behind them a counter of thread blocks that are done.
+  unsigned* ready;
+  unsigned writers;
 };
+
+// For one thread that reads xa by TMA. One instruction to the compiler, which else spills registers.
+__device__ inline void await_tokens(const Adapter& adapter, int token) {
+  asm volatile(
+      "{\n.reg .pred p, q;\n.reg .u32 seen;\n"
+      "setp.eq.u64 q, %0, 0;\n@q bra there;\n"
+      "again:\nld.acquire.gpu.global.u32 seen, [%1];\nsetp.lt.u32 p, seen, %2;\n@p bra again;\n"
+      "fence.proxy.async.global;\nthere:\n}\n" ::"l"(adapter.ready),
+      "l"(adapter.ready + token / kReadyTokens), "r"(adapter.writers)
+      : "memory");
+}
+
+// At the end of every thread block: the last of the grid leaves the counters as they were.
+__device__ inline void leave_counters(const Adapter& adapter, int m) {
+  if (adapter.ready == nullptr || threadIdx.x >= 32) return;
+  const int tiles = (m + kReadyTokens - 1) / kReadyTokens;
+  unsigned before = 0;
+  if (threadIdx.x == 0) before = atomic_increment(adapter.ready + tiles, gridDim.x - 1);
+  if (__shfl_sync(0xffffffff, before, 0) != gridDim.x - 1) return;
+  for (int tile = static_cast<int>(threadIdx.x); tile < tiles; tile += 32) adapter.ready[tile] = 0;
+}
 
 // A warp's 16 rows of a piece of the adapter's matrix, into L1: early, in no register.
 template <bool kBackward>
 __device__ inline void prefetch_factor(const Adapter& adapter, int out, int first_row, int first_rank, int lane) {
   const int row = first_row + (kBackward ? 0 : lane), rank = first_rank + (kBackward ? lane : 0);
-  if (lane < 16 && row < out && rank < adapter.r) {
-    prefetch_l1(static_cast<const uint16_t*>(adapter.factor) +
-                (kBackward ? static_cast<int64_t>(rank) * out + row : static_cast<int64_t>(row) * adapter.r + rank));
+  if (lane < 16 && row < out && rank < adapter.factor_rank) {
+    prefetch_l1(adapter.factor + (kBackward ? static_cast<int64_t>(rank) * out + row
+                                            : static_cast<int64_t>(row) * adapter.factor_rank + rank));
   }
 }
 
 // The same as wgmma's and mma.sync's first operand: of lane 4g + t rows g and g + 8, elements 2t, 2t + 1, 2t + 8 and
 // 2t + 9 of the piece.
-template <bool kBackward>
+template <typename T, bool kBackward>
 __device__ inline void load_factor(const Adapter& adapter, int out, int first_row, int first_rank, int lane,
                                    uint32_t (&to)[4]) {
-  const auto* from = static_cast<const uint16_t*>(adapter.factor);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int row = first_row + lane / 4 + i % 2 * 8, rank = first_rank + lane % 4 * 2 + i / 2 * 8;
-    uint32_t low = 0, high = 0;
-    if (row < out && rank < adapter.r) {
-      if constexpr (kBackward) {
-        const uint16_t* at = from + static_cast<int64_t>(rank) * out + row;
-        low = load_2(at), high = load_2(at + out);
-      } else {
-        low = load_word(from + static_cast<int64_t>(row) * adapter.r + rank);
-      }
-    }
-    to[i] = low | high << 16;
+    const float* at = adapter.factor + (kBackward ? static_cast<int64_t>(rank) * out + row
+                                                  : static_cast<int64_t>(row) * adapter.factor_rank + rank);
+    const float low = row < out && rank < adapter.factor_rank ? load_4(at) : 0.0f;
+    const float high = row < out && rank + 1 < adapter.factor_rank ? load_4(at + (kBackward ? out : 1)) : 0.0f;
+    to[i] = pack_pair<T>(low * adapter.scale, high * adapter.scale);
   }
 }
 

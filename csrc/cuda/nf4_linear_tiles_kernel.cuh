@@ -97,18 +97,7 @@ struct Config {
   static constexpr unsigned kBytes = end + 1024;                   // its beginning is moved to a multiple of 1024
   static_assert(kBytes <= kSmemBytes && kStages % kCluster == 0);  // a stage is always decoded by the same block
   static_assert(!kAdapter || kTokens * kPieceRank * 2 <= static_cast<int>(kStagingBytes));
-};
-
-// A ring's place and the parity of its barriers' phase.
-struct Ring {
-  int at;
-  uint32_t parity;
-
-  template <int kSize>
-  __device__ void advance(int by = 1) {
-    at += by;
-    if (at >= kSize) at -= kSize, parity ^= 1;
-  }
+  static_assert(!kAdapter || kTokens == kReadyTokens);
 };
 
 // Byte of a tile of 128-byte rows under the 128-byte swizzle.
@@ -497,7 +486,7 @@ __device__ void multiply(const CUtensorMap* map_y, const typename C::AdapterOrNo
   [[maybe_unused]] uint32_t xa_parity = 0;
   [[maybe_unused]] bool xa_made = true;
   [[maybe_unused]] MaskBits<kTokens> mask;
-  if constexpr (C::kAdapter && !kBackward) xa_made = !adapter.early;
+  if constexpr (C::kAdapter && !kBackward) xa_made = !adapter.early || adapter.ready != nullptr;
   for (int index = 0; find_item(p.plan, blockIdx.x / C::kCluster, index, item); ++index) {
     int before = 0, chunk = 0, pieces = 0;  // pieces: of the adapter's rank, where the item ends the depth
     [[maybe_unused]] bool all_behind = false, hurried = false;
@@ -521,18 +510,24 @@ __device__ void multiply(const CUtensorMap* map_y, const typename C::AdapterOrNo
     }
     // The chunks without a piece; and for each piece, while it is on its way, a chunk.
     for (int piece = -1; piece < pieces; ++piece) {
-      if constexpr (C::kAdapter) {
-        if (piece >= 0) {
+      // A piece is asked for behind the first step of its chunk, when nobody reads the one before any more.
+      [[maybe_unused]] bool asked = piece < 0;
+      [[maybe_unused]] const auto ask = [&] {
+        if constexpr (C::kAdapter) {
+          asked = true;
           if (!xa_made) wait_for_kernel_before(), xa_made = true;
           named_barrier(1 + group, 128);  // nobody reads what the tile for xa holds
           if (threadIdx.x % 128 == 0) {
             tma_wait_read<0>();
+            if constexpr (C::kCluster > 1) {  // only these plans have blocks beside them
+              if (piece == 0) await_tokens(adapter, min(item.m0 + rank * kTokens, p.plan.m - 1));
+            }
             barrier_arrive_expect(xa_full, kTokens * kPieceRank * 2);
             tma_load(xa, &adapter.xa, xa_full, piece * kPieceRank, item.m0 + rank * kTokens);
           }
           prefetch_factor<kBackward>(adapter, p.plan.out, row0(), piece * kPieceRank, lane);
         }
-      }
+      };
       const int until = all_behind ? item.chunks : max(1, item.chunks - pieces + piece + 1);
       for (; chunk < until; ++chunk) {
 #pragma unroll
@@ -551,6 +546,9 @@ __device__ void multiply(const CUtensorMap* map_y, const typename C::AdapterOrNo
           wgmma_wait<1>();
           if (i > 0 || chunk > 0) release(C::kStages == kChunkSteps ? (i + kChunkSteps - 1) % kChunkSteps : before);
           before = at;
+          if constexpr (C::kAdapter) {
+            if (i == 0 && !asked) ask();
+          }
           if constexpr (C::kAdapter && kBackward && C::kDrawsMeanwhile) {
             if (mask.calls < mask.kCalls) {
               if (hurried) {
@@ -566,8 +564,9 @@ __device__ void multiply(const CUtensorMap* map_y, const typename C::AdapterOrNo
       }
       if constexpr (C::kAdapter) {
         if (piece >= 0) {
+          if (!asked) wgmma_wait<0>(), ask();
           uint32_t factor[4];
-          load_factor<kBackward>(adapter, p.plan.out, row0(), piece * kPieceRank, lane, factor);
+          load_factor<T, kBackward>(adapter, p.plan.out, row0(), piece * kPieceRank, lane, factor);
           const bool masked = kBackward && adapter.mask.threshold_twice != 0;
           barrier_wait(xa_full, xa_parity);
           xa_parity ^= 1;
@@ -576,9 +575,9 @@ __device__ void multiply(const CUtensorMap* map_y, const typename C::AdapterOrNo
             wgmma_registers<T, kTokens>(d, factor, narrow_wgmma_descriptor(xa), true);
             wgmma_commit();
           }
-          wgmma_wait<0>();
           if constexpr (kBackward) {
             if (masked) {
+              wgmma_wait<0>();
 #pragma unroll
               for (int i = 0; i < kTokens / 2; ++i) asm volatile("" : "+f"(d[i])::"memory");
               multiply_masked<T, C>(factor, xa, mask, adapter.mask.scale, d);
@@ -634,8 +633,7 @@ __global__ void __launch_bounds__(Config<kTokens, kCluster>::kThreads, 1)
   bool early = false;
   if constexpr (kAdapter) {
     early = adapter.early;
-    if (!early)
-      wait_for_kernel_before();  // first: what starts beside this kernel relies on it (LoraGradientArgs::beside)
+    if (!early) wait_for_kernel_before();
     let_next_kernel_start();
   } else {
     let_next_kernel_start();  // those wait who touch more than the weight (device/ptx.cuh)
@@ -660,6 +658,7 @@ __global__ void __launch_bounds__(Config<kTokens, kCluster>::kThreads, 1)
     __syncwarp();
     cluster_sync();
   }
+  if constexpr (kAdapter && kCluster > 1) leave_counters(adapter, p.plan.m);
 #endif
 }
 

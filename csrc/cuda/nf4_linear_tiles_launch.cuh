@@ -12,21 +12,24 @@
 namespace fastpeft::cuda::nf4_tiles {
 
 template <typename C, bool kBackward>
-typename C::AdapterOrNone adapter_of([[maybe_unused]] const NF4LinearArgs& args) {
+typename C::AdapterOrNone adapter_of([[maybe_unused]] const NF4LinearArgs& args, [[maybe_unused]] const Plan& plan) {
   typename C::AdapterOrNone adapter{};
   if constexpr (C::kAdapter) {
     const NF4LinearAdapter& from = args.adapter;
     adapter.r = static_cast<int>(from.r);
     adapter.xa = tensor_map(map_type(args.dtype), 2, CU_TENSOR_MAP_SWIZZLE_32B, from.xa, static_cast<int>(args.m),
                             adapter.r, C::kTokens, kPieceRank, static_cast<int>(from.xa_pitch));
-    adapter.factor = from.factor;
+    adapter.factor = from.factor, adapter.factor_rank = static_cast<int>(from.factor_rank);
+    adapter.scale = static_cast<float>(from.scale);
     adapter.mask = make_mask(kBackward ? from.p : 0.0, from.seed);
     for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
       adapter.low_keys[round] = philox_low_key(adapter.mask.seed, round);
       adapter.high_keys[round] = philox_high_key(adapter.mask.seed, round);
     }
     adapter.add_to_y = from.add_to_y;
-    adapter.early = from.early && !kBackward;
+    adapter.early = from.early || plan.beside_blocks > 0;
+    adapter.ready = plan.makes ? args.counters + product_counters(plan) : nullptr;
+    adapter.writers = 2;
   }
   return adapter;
 }
@@ -50,7 +53,7 @@ void launch_kernel(const NF4LinearArgs& args, const Plan& plan, const Context& c
            .smem_bytes = C::kBytes,
            .cluster = kCluster,
            .overlap_launch = true},
-      context, map_x, map_w, map_y, adapter_of<C, kBackward>(args), p);
+      context, map_x, map_w, map_y, adapter_of<C, kBackward>(args, plan), p);
 }
 
 }  // namespace fastpeft::cuda::nf4_tiles

@@ -24,12 +24,13 @@ namespace fastpeft::cuda::nf4_tiles {
 constexpr int kTileOut = 128;
 constexpr int kStep = 64;
 constexpr int kChunkSteps = 4;
-constexpr int kGroupTokens = 4096;
+constexpr int kGroupTokens = 1024;
 constexpr int kSmemBytes = 227 * 1024;  // at most, of a thread block
 constexpr int64_t kMostWorkspace = int64_t{32} << 20;
 constexpr int64_t kMostResident = int64_t{24} << 20;  // of a Hopper's 50 MB of L2
 constexpr int kCountersEach = 2;
 constexpr int kMostRank = 256;       // of an adapter
+constexpr int kPieceRank = 16;       // of it, that join the sums together
 constexpr int kAdapterTokens = 256;  // of the tiles that take one: the others have no registers for it
 constexpr int kConsumers = 2;        // warpgroups that multiply: each counts the arrivals of its own half of a tile
 
@@ -52,15 +53,17 @@ inline Divisor divisor(int value) {
 
 struct Plan {
   int m, out, depth;
-  int tokens, cluster;        // of a tile; tiles of a unit, a thread block each
-  bool fragments;             // by nf4_linear_fragments_kernel.cuh
-  int strips, columns;        // units: strips of out by columns of tokens
-  int group, last_group;      // columns walked together; of the last group
-  int chunks;                 // of the depth
-  int seats;                  // clusters
-  int whole_waves;            // of whole units
-  int shared, shared_chunks;  // units divided among the seats, the first of the walk, and their chunks
-  int share;                  // chunks of them that a seat takes; the last seats may have fewer, or none
+  int tokens, cluster;         // of a tile; tiles of a unit, a thread block each
+  bool fragments;              // by nf4_linear_fragments_kernel.cuh
+  int strips, columns;         // units: strips of out by columns of tokens
+  int group, last_group;       // columns walked together; of the last group
+  int chunks;                  // of the depth
+  int seats;                   // clusters
+  int whole_waves;             // of whole units
+  int shared, shared_chunks;   // units divided among the seats, the first of the walk, and their chunks
+  int share;                   // chunks of them that a seat takes; the last seats may have fewer, or none
+  int beside_blocks;           // thread blocks of lora_beside_kernel.cuh
+  bool makes, makes_gradient;  // they: xa, or dxa and dB; dA
   Divisor by_group_units, by_group, by_last_group, by_chunks, by_share;
 };
 
@@ -119,7 +122,11 @@ FASTPEFT_HOST_DEVICE constexpr int64_t partial_bytes(int tokens) { return int64_
 // One for each part of a shared unit.
 inline int slots(const Plan& p) { return p.shared == 0 ? 0 : ceil_divide(p.shared_chunks, p.share) + p.shared - 1; }
 inline int64_t workspace_bytes(const Plan& p) { return slots(p) * p.cluster * partial_bytes(p.tokens); }
-inline int counters(const Plan& p) { return slots(p) * p.cluster * kConsumers * kCountersEach; }
+inline int product_counters(const Plan& p) { return slots(p) * p.cluster * kConsumers * kCountersEach; }
+// Behind the product's: of each kReadyTokens tokens, of the product's thread blocks, and four of the blocks beside it.
+constexpr int kReadyTokens = 256;
+inline int beside_counters(const Plan& p) { return p.beside_blocks == 0 ? 0 : ceil_divide(p.m, kReadyTokens) + 5; }
+inline int counters(const Plan& p) { return product_counters(p) + beside_counters(p); }
 
 // --- choice ----------------------------------------------------------------------------------------------------------
 
@@ -129,9 +136,10 @@ struct Tile {
   bool fragments;      // forward only
   double step_cycles;  // measured (bench/LOG.md, 2026-11-26)
 };
+constexpr double kStepCyclesOfPairs = 1100;
 // Those that are compiled.
 constexpr Tile kTiles[] = {{32, 1, false, 690},  {64, 1, false, 700},   {128, 1, false, 820},
-                           {128, 2, false, 760}, {256, 1, false, 1500}, {256, 2, false, 1100},
+                           {128, 2, false, 760}, {256, 1, false, 1500}, {256, 2, false, kStepCyclesOfPairs},
                            {32, 1, true, 500},   {64, 1, true, 580},    {256, 1, true, 1400}};
 constexpr double kItemCycles = 1500, kSharedCycles = 8000, kSharedCyclesPerToken = 64;
 // The fragments kernel adds few tokens' parts all at once (its add_parts): it costs by the part.
@@ -187,7 +195,72 @@ inline Plan plan_for(int m, int out, int depth, int sms, int tokens, int cluster
   return p;
 }
 
-inline Plan make_plan(int m, int out, int depth, int sms, bool forward, int least_tokens = 0) {
+// --- beside the product (lora_beside_kernel.cuh) ---------------------------------------------------------------------
+
+constexpr int kMostBesideRanks = 64, kMostBesideBlocks = 8;
+constexpr int kLeastBesideTokens = 1024;    // below, the first items would wait
+constexpr int kMostBesideTokens = 1 << 19;  // for want of counters
+
+// What may be made beside: xa or, backward, dxa and dB, of `ranks`; and, backward, dA of `gradient_ranks`.
+struct Beside {
+  int ranks = 0, gradient_ranks = 0;
+};
+
+// Measured, for ranks up to 16, 32 and 64 (bench/LOG.md, 2026-11-26): bytes of x or dy a cycle, of a thread block
+// beside the product, and of the whole device by kernels of their own.
+struct BesideRates {
+  double xa, dxa, da;
+  double own_xa, own_dxa, own_da;
+};
+constexpr BesideRates kBesideRates[] = {
+    {60, 36, 95, 1800, 1400, 2000}, {55, 22, 80, 1500, 1200, 1600}, {46, 13, 64, 1250, 950, 1250}};
+constexpr double kOwnCycles = 4000;  // of a launch
+// Of an item, for the adapter's product and each piece of its rank.
+constexpr double kAdapterCycles = 1800, kPieceCycles = 700;
+constexpr int rank_class(int ranks) { return ranks <= 16 ? 16 : ranks <= 32 ? 32 : 64; }
+inline const BesideRates& beside_rates(int ranks) { return kBesideRates[ranks <= 16 ? 0 : ranks <= 32 ? 1 : 2]; }
+
+// The cheapest way to all of it: how many thread blocks make which part beside the product, and what is left to kernels
+// of its own.
+inline Plan choose_beside(int m, int out, int depth, int sms, bool forward, Beside work, int only_blocks = -1) {
+  const double depth_bytes = 2.0 * m * depth, out_bytes = 2.0 * m * out;
+  const BesideRates &rates = beside_rates(work.ranks), &gradient_rates = beside_rates(work.gradient_ranks);
+  Choice best{{}, 1e30};
+  for (int blocks = 0; blocks <= kMostBesideBlocks; blocks += 2) {
+    for (const bool makes : {false, true}) {
+      for (const bool gradient : {false, true}) {
+        // dA needs all of dxa: it cannot come before the product where dxa does not.
+        if ((blocks > 0) != (makes || gradient) || (makes && work.ranks == 0) ||
+            (gradient && work.gradient_ranks == 0) || (makes && !gradient && work.gradient_ranks > 0) ||
+            (only_blocks >= 0 && blocks != only_blocks))
+          continue;
+        Choice c{{}, 1e30};
+        for (const Tile& tile : kTiles) {
+          if (tile.tokens < kAdapterTokens || tile.fragments || (blocks > 0 && tile.cluster != 2)) continue;
+          const Choice one =
+              choose_sharing(plan_for(m, out, depth, sms - blocks, tile.tokens, tile.cluster, false), tile.step_cycles);
+          if (one.cycles < c.cycles) c = one;
+        }
+        const int items = ceil_divide(c.plan.strips * c.plan.columns, c.plan.seats);
+        c.cycles += items * (kAdapterCycles + kPieceCycles * ceil_divide(work.ranks, kPieceRank));
+        c.plan.beside_blocks = blocks, c.plan.makes = makes, c.plan.makes_gradient = gradient;
+        double beside = 0, own = 0;
+        const auto add = [&](bool here, double bytes, double rate, double own_rate) {
+          here ? beside += bytes / (blocks * rate) : own += kOwnCycles + bytes / own_rate;
+        };
+        if (work.ranks > 0)
+          add(makes, depth_bytes, forward ? rates.xa : rates.dxa, forward ? rates.own_xa : rates.own_dxa);
+        if (work.gradient_ranks > 0) add(gradient, out_bytes, gradient_rates.da, gradient_rates.own_da);
+        c.cycles = std::max(c.cycles, beside) + own;
+        if (c.cycles < best.cycles) best = c;
+      }
+    }
+  }
+  return best.plan;
+}
+
+inline Plan make_plan(int m, int out, int depth, int sms, bool forward, int least_tokens = 0, Beside beside = {}) {
+  if (beside.ranks > 0 || beside.gradient_ranks > 0) return choose_beside(m, out, depth, sms, forward, beside);
   Choice best{{}, 1e30};
   for (const Tile& tile : kTiles) {
     if (tile.fragments && (!forward || least_tokens > 0)) continue;

@@ -1,11 +1,11 @@
 """The kernels of LoRA linears that share x, over NF4 bases (csrc/include/fastpeft/lora.h).
 
-Forward, one launch makes 16-bit copies of all A and B, one the xa of all adapters in a pass over x, and each output is
-one product that its adapter joins. Backward, a pass over each dy gives dxa and dB, one over x gives all dA, and each
-product adds its share to dx. Partial sums of the passes lie where dx is written afterwards.
+Forward, a pass over x gives the xa of all adapters, and each output is one product that its adapter joins. Backward, a
+pass over each dy gives dxa and dB, one over x gives all dA, and each product adds its share to dx. Partial sums of the
+passes lie where dx is written afterwards. Without dropout, what costs less so is made by a few thread blocks beside the
+products instead (`native.LoraPlan`).
 
-16-bit matrices have their ranks rounded up to a multiple of 8, and lie side by side: xa and dxa are
-``(m, sum of padded ranks)``.
+xa and dxa have their ranks rounded up to a multiple of 8, and lie side by side: ``(m, sum of padded ranks)``.
 """
 
 from __future__ import annotations
@@ -82,12 +82,14 @@ def plan(group: Group, *activations: Tensor) -> native.LoraPlan:
         tuple(member.base[-1] for member in members),
         x2d.dtype,
         all(tensor.data_ptr() % 16 == 0 for tensor in tensors),
+        all(factor.data_ptr() % 16 == 0 for member in members for factor in (member.a, member.b)),
+        group.p,
         x2d.device,
     )
 
 
 def _composed(reason: str) -> native.LoraPlan:
-    return native.LoraPlan(False, 0, 0, 0, 0, f"composed: {reason}")
+    return native.LoraPlan(False, False, False, (), False, 0, 0, 0, 0, 0, f"composed: {reason}")
 
 
 def _masters(group: Group) -> list[tuple[Tensor, Tensor]]:
@@ -124,20 +126,25 @@ def forward(
     m, k, dtype = *x2d.shape, native.dtype_number("lora_linear", x2d.dtype)
     ranks = group.padded_ranks
     masters = _masters(group)
-    copies = [sum(ranks) * k, *(member.n * rank for member, rank in zip(group.members, ranks, strict=True))]
-    scratch = x2d.new_empty((sum(copies) + needs.forward_bytes // 2,))
+    rounded = 0 if needs.xa_beside else sum(ranks) * k
+    scratch = x2d.new_empty((rounded + (needs.beside_bytes + needs.forward_bytes) // 2,))
     xa = x2d.new_empty((m, sum(ranks)))
     ys = [x2d.new_empty((*rows, member.n)) for member in group.members]
     counters = native.counters(needs.counters, x2d.device)
 
-    a16, *b16, workspace = _starts(scratch.data_ptr(), [2 * size for size in copies])
+    a16, beside, workspace = _starts(scratch.data_ptr(), [2 * rounded, needs.beside_bytes])[:3]
     seed = 0 if group.seed is None else int(group.seed)
     adapters = _adapters(group, masters)
-    native.call_cuda("lora_project", x2d, x2d.data_ptr(), dtype, m, k, adapters, a16, b16, xa.data_ptr(), group.p, seed)
+    if not needs.xa_beside:
+        native.call_cuda("lora_project", x2d, x2d.data_ptr(), dtype, m, k, adapters, a16, xa.data_ptr(), group.p, seed)
     column = xa.data_ptr()
     for i, (member, rank, y, bias) in enumerate(zip(group.members, ranks, ys, biases, strict=True)):
         # The first product starts while xa is made, which it needs last.
-        adapter = native.linear_adapter(rank, column, sum(ranks), b16[i], early=i == 0)
+        adapter = native.linear_adapter(
+            column, sum(ranks), masters[i][1], member.a.shape[0], member.scale, early=i == 0 and not needs.xa_beside
+        )
+        if i == 0 and needs.beside:
+            adapter.make_xa(adapters, beside)
         bias = None if bias is None else bias.contiguous()
         product_from_codes(
             x2d, member.operands, member.n, k, False, bias, y, workspace, needs.forward_bytes, counters, adapter
@@ -174,59 +181,43 @@ def backward(
     ranks = group.padded_ranks
     total = sum(ranks)
     masters = _masters(group)
-    # Partial sums are added up before dx is written, so they lie in its memory, which they seldom exceed.
+    made_here = needs if want_dx else needs._replace(beside=False, dxa_beside=[False] * len(ranks), da_beside=False)
+    # Partial sums of the passes are added up before dx is written, so they lie in its memory, which they seldom exceed.
     sums = x2d.new_empty((max(m * k if want_dx else 0, needs.sums_bytes // 2),))
-    scratch = x2d.new_empty((m * total + (total * k + needs.backward_bytes // 2 if want_dx else 0),))
+    scratch = x2d.new_empty((m * total + ((needs.beside_bytes + needs.backward_bytes) // 2 if want_dx else 0),))
     das = [torch.empty_like(a) for a, _ in masters]
     dbs = [torch.empty_like(b) for _, b in masters]
     counters = native.counters(needs.counters, x2d.device)
 
     seed = 0 if group.seed is None else int(group.seed)
     space = (sums.data_ptr(), needs.sums_bytes)
-    dxa, a16, workspace = _starts(scratch.data_ptr(), [2 * m * total, 2 * total * k])
+    dxa, beside, workspace = _starts(scratch.data_ptr(), [2 * m * total, needs.beside_bytes])[:3]
     first = _starts(0, ranks)
-    for i, adapter in enumerate(_adapters(group, masters)):
-        factor = a16 + 2 * first[i] * k if want_dx else 0
-        native.call_cuda(
-            "lora_backward",
-            x2d,
-            dys2d[i].data_ptr(),
-            dtype,
-            m,
-            k,
-            adapter,
-            xa.data_ptr() + 2 * first[i],
-            total,
-            dxa + 2 * first[i],
-            total,
-            dbs[i].data_ptr(),
-            factor,
-            *space,
-        )
-    if want_dab:
-        native.call_cuda(
-            "lora_gradient",
-            x2d,
-            x2d.data_ptr(),
-            dtype,
-            m,
-            k,
-            dxa,
-            [da.data_ptr() for da in das],
-            [da.shape[0] for da in das],
-            group.p,
-            seed,
-            *space,
-            counters.data_ptr(),
-        )
+    adapters = _adapters(group, masters)
+    low_rank = [(xa.data_ptr() + 2 * begin, total, dxa + 2 * begin, total) for begin in first]
+    for i, adapter in enumerate(adapters):
+        if not made_here.dxa_beside[i]:
+            of_dy = (dys2d[i].data_ptr(), dtype, m, adapter, *low_rank[i], dbs[i].data_ptr())
+            native.call_cuda("lora_backward", x2d, *of_dy, *space)
+    gradients = [da.data_ptr() for da in das], [da.shape[0] for da in das]
+    if want_dab and not made_here.da_beside:
+        of_x = (x2d.data_ptr(), dtype, m, k, dxa, *gradients, group.p, seed)
+        native.call_cuda("lora_gradient", x2d, *of_x, *space, counters.data_ptr())
     if not want_dx:
         return None, das, dbs
     dx = sums[: m * k].view(shape)
-    for i, (member, rank) in enumerate(zip(group.members, ranks, strict=True)):
-        adapter = native.linear_adapter(
-            rank, dxa + 2 * first[i], total, a16 + 2 * first[i] * k, group.p, seed, add_to_y=i > 0
-        )
+    # The longest product comes last: it leaves most time for dA beside it.
+    longest = max(range(len(ranks)), key=lambda i: group.members[i].n)
+    order = [i for i in range(len(ranks)) if i != longest] + [longest]
+    for i in order:
+        member, a = group.members[i], masters[i][0]
+        xa_at, _, dxa_at, _ = low_rank[i]
+        joined = native.linear_adapter(dxa_at, total, a, a.shape[0], p=group.p, seed=seed, add_to_y=i != order[0])
+        if made_here.beside and (i == longest or made_here.da_beside):
+            joined.make_dxa(adapters[i], xa_at, total, dbs[i].data_ptr(), beside)
+        if made_here.beside and i == longest:
+            joined.make_da(x2d.data_ptr(), dxa, *gradients)
         product_from_codes(
-            dys2d[i], member.operands, member.n, k, True, None, dx, workspace, needs.backward_bytes, counters, adapter
+            dys2d[i], member.operands, member.n, k, True, None, dx, workspace, needs.backward_bytes, counters, joined
         )
     return dx, das, dbs

@@ -6,7 +6,7 @@ threads as torch uses (CPU). Reading the raw stream costs 0.3 us where ``torch.c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,9 +70,14 @@ class LoraPlan(NamedTuple):
     """Whether kernels take LoRA linears that share x, and what they need (csrc/cuda/lora_linear_config.h)."""
 
     fused: bool
+    beside: bool  # the products are told what could be made beside them; of that
+    xa_beside: bool  # xa is made beside the first product instead of before
+    dxa_beside: Sequence[bool]  # dxa and dB are, beside each
+    da_beside: bool  # dA is, beside the last
     forward_bytes: int  # of workspace for a product
     backward_bytes: int
-    sums_bytes: int  # of workspace for the gradients, free again before dx is written
+    beside_bytes: int  # of workspace for what is made beside
+    sums_bytes: int  # for what is made before, free again before dx is written
     counters: int  # 32-bit words, zero before and after
     reason: str
 
@@ -86,11 +91,13 @@ def lora_linear_plan(
     block_sizes: tuple[int, ...],
     dtype: torch.dtype,
     aligned: bool,
+    aligned_factors: bool,
+    p: float,
     device: torch.device,
 ) -> LoraPlan:
     """Whether kernels take LoRA linears of these sizes over NF4 bases, what they need, and why."""
-    number = dtype_number("lora_linear", dtype)
-    return LoraPlan(*_C.lora_linear_plan(m, k, n, r, block_sizes, number, aligned, *device_limits(device)))
+    number, limits = dtype_number("lora_linear", dtype), device_limits(device)
+    return LoraPlan(*_C.lora_linear_plan(m, k, n, r, block_sizes, number, aligned, aligned_factors, p, *limits))
 
 
 def lora_adapter(a: Tensor, b: Tensor, scale: float) -> object:
@@ -100,17 +107,18 @@ def lora_adapter(a: Tensor, b: Tensor, scale: float) -> object:
 
 
 def linear_adapter(
-    r: int,
     xa: int,
     xa_pitch: int,
-    factor: int,
+    factor: Tensor,
+    rank: int,
+    scale: float = 1.0,
     p: float = 0.0,
     seed: int = 0,
     add_to_y: bool = False,
     early: bool = False,
-) -> object:
+) -> Any:
     """An adapter that joins a product with an NF4 weight (csrc/include/fastpeft/nf4_linear.h)."""
-    return _C.NF4LinearAdapter(r, xa, xa_pitch, factor, p, seed, add_to_y, early)
+    return _C.NF4LinearAdapter(xa, xa_pitch, factor.data_ptr(), rank, scale, p, seed, add_to_y, early)
 
 
 @cache

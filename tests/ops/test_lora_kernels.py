@@ -13,6 +13,7 @@ from fastpeft.ops.native import _C, LoraPlan, device_limits, dtype_number
 
 # Shapes of an 8B model. The last is over the bar: a 16-bit copy of A alone is 2.7% of y's bytes, xa and dxa 1.6% each.
 MISSED = pytest.mark.xfail(strict=True, reason="at rank 64, where k is far above n, 6 to 7% of y's bytes are needed")
+DROPOUT = pytest.mark.parametrize("dropout", [0.0, 0.3])
 MEMORY = pytest.mark.parametrize(
     ("n", "k", "rank"),
     [
@@ -40,10 +41,12 @@ def plan(
     block_size: int = 64,
     dtype: torch.dtype = torch.bfloat16,
     aligned: bool = True,
+    aligned_factors: bool = True,
+    p: float = 0.0,
     device: str = "h100",
 ) -> LoraPlan:
-    number = dtype_number("test", dtype)
-    return LoraPlan(*_C.lora_linear_plan(m, k, n, r, [block_size] * len(n), number, aligned, *DEVICES[device]))
+    sizes = m, k, n, r, [block_size] * len(n), dtype_number("test", dtype)
+    return LoraPlan(*_C.lora_linear_plan(*sizes, aligned, aligned_factors, p, *DEVICES[device]))
 
 
 @pytest.mark.parametrize(
@@ -82,17 +85,46 @@ def test_nf4_bases_on_hopper_are_fused(changed: dict[str, object], reason: str) 
     ids=str,
 )
 def test_the_rest_is_composed_for_a_reason(changed: dict[str, object], reason: str) -> None:
-    assert plan(**changed) == (False, 0, 0, 0, 0, f"composed: {reason}")  # type: ignore[arg-type]
+    chosen = plan(**changed)  # type: ignore[arg-type]
+    assert not chosen.fused
+    assert not chosen.beside
+    assert chosen.reason == f"composed: {reason}"
 
 
+@DROPOUT
 @MEMORY
-def test_planned_memory_beyond_x_and_y(n: int, k: int, rank: int) -> None:
-    """Copies, xa and dxa, and what partial sums take beyond the memory of dx."""
+def test_planned_memory_beyond_x_and_y(n: int, k: int, rank: int, dropout: float) -> None:
+    """A copy of A, xa and dxa, what is made beside takes, and what partial sums take beyond the memory of dx."""
     m, r = 8192, rank
-    needs = plan(m=m, n=(n,), k=k, r=(r,))
-    forward = 2 * r * (k + n + m) + needs.forward_bytes
-    backward = 2 * r * (2 * m + k) + needs.backward_bytes + max(0, needs.sums_bytes - 2 * m * k)
+    needs = plan(m=m, n=(n,), k=k, r=(r,), p=dropout)
+    forward = 2 * r * (m if needs.xa_beside else m + k) + needs.beside_bytes + needs.forward_bytes
+    backward = 4 * r * m + needs.beside_bytes + needs.backward_bytes + max(0, needs.sums_bytes - 2 * m * k)
     assert max(forward, backward) < memory_allowed(m, n)
+
+
+@pytest.mark.parametrize(
+    ("changed", "beside"),
+    [
+        ({}, True),
+        ({"r": (64,)}, True),
+        ({"r": (72,)}, False),
+        ({"r": (12,)}, False),
+        ({"n": (4096, 1024, 1024), "r": (16, 16, 32)}, True),
+        ({"n": (4096, 1024, 1024), "r": (32, 32, 8)}, False),
+        ({"m": 1024}, True),
+        ({"m": 1023}, False),
+        ({"p": 0.05}, False),
+        ({"aligned_factors": False}, False),
+    ],
+    ids=str,
+)
+def test_when_something_may_be_made_beside(changed: dict[str, object], beside: bool) -> None:
+    chosen = plan(**changed)  # type: ignore[arg-type]
+    assert chosen.fused
+    assert chosen.beside == beside
+    made = [chosen.xa_beside, *chosen.dxa_beside, chosen.da_beside]
+    assert any(made) == beside
+    assert (chosen.beside_bytes > 0) == (chosen.xa_beside or any(chosen.dxa_beside))
 
 
 def test_the_plan_in_words() -> None:
@@ -120,7 +152,6 @@ def fused(*arguments: object) -> Layers:
 
 SIZES = [(512, 512, 512), (257, 1112, 832), (700, 200, 2048), (2304, 2176, 320)]
 SIZE = pytest.mark.parametrize("size", SIZES, ids=lambda size: "m{}-n{}-k{}".format(*size))
-DROPOUT = pytest.mark.parametrize("dropout", [0.0, 0.3])
 
 
 @pytest.mark.gpu

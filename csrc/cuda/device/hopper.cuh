@@ -82,6 +82,17 @@ __device__ inline unsigned leave(uint32_t counter, unsigned last) {
                : "memory");
   return before;
 }
+// A ring's place and the parity of its barriers' phase.
+struct Ring {
+  int at;
+  uint32_t parity;
+
+  template <int kSize>
+  __device__ void advance(int by = 1) {
+    at += by;
+    if (at >= kSize) at -= kSize, parity ^= 1;
+  }
+};
 // The numbered barriers of a thread block, for a part of its threads; 0 is __syncthreads().
 __device__ inline void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -194,6 +205,8 @@ __device__ inline void tma_prefetch(const CUtensorMap* map) {
 }
 // Makes this thread's own stores to shared memory visible to TMA and wgmma.
 __device__ inline void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// The same of global memory: by who has stored, and by who has learnt of it and lets TMA read.
+__device__ inline void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // --- between thread blocks -------------------------------------------------------------------------------------------
 // A counter that wraps to 0 after `last`; gives what it was.
@@ -211,6 +224,10 @@ __device__ inline unsigned atomic_increment_synchronising(unsigned* counter, uns
 // Publishes what this thread, and before a barrier its thread block, has written; load_acquire sees it with the count.
 __device__ inline void add_release(unsigned* counter, unsigned value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+// Two neighbouring sums; those of one thread to one place are added in their order.
+__device__ inline void add_pair(float* to, float first, float second) {
+  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(first), "f"(second) : "memory");
 }
 __device__ inline unsigned load_acquire(const unsigned* counter) {
   unsigned value;

@@ -2,9 +2,10 @@
 // the gradients by A and B. The up-projection, forward and backward, is part of the base product
 // (fastpeft/nf4_linear.h).
 //
-// A and B are read as float32; what is multiplied is rounded to the dtype of x, sums are float32. In 16-bit copies a
+// A and B are read as float32; what is multiplied is rounded to the dtype of x, sums are float32. In 16-bit matrices a
 // rank is rounded up to a multiple of 8 (`padded_rank`) with zeros. Adapters that share x are laid side by side: their
-// xa is one [m, sum of padded ranks].
+// xa is one [m, sum of padded ranks]. Without dropout a few thread blocks can make most of this while the base product
+// runs (NF4LinearBeside).
 //
 // The mask of drop() is that of fastpeft/dropout.h. Nothing is allocated, and equal calls give equal bits.
 #pragma once
@@ -23,32 +24,30 @@ struct LoraAdapter {
   double scale = 1.0;
 };
 
-// xa = drop(x) A^T, and 16-bit copies of A and of B times its scale.
+// xa = drop(x) A^T.
 struct LoraProjectArgs {
   const void* x;  // [m, k], of `dtype`
   DType dtype;    // float16 or bfloat16
   int64_t m, k;
   LoraAdapter adapters[kMostAdapters];
   int64_t count;
-  void* a16;                 // [sum of padded ranks, k]
-  void* b16[kMostAdapters];  // [n, padded rank]
-  void* xa;                  // [m, sum of padded ranks]
+  void* a16;  // [sum of padded ranks, k]: room for a copy of all A
+  void* xa;   // [m, sum of padded ranks]
   double p;
   uint64_t seed;
 };
 
-// dxa = scale dy B and dB = scale dy^T xa in one pass over dy, and a 16-bit copy of A.
+// dxa = scale dy B and dB = scale dy^T xa in one pass over dy.
 struct LoraBackwardArgs {
   const void* dy;  // [m, n], of `dtype`
   DType dtype;
-  int64_t m, k;
+  int64_t m;
   LoraAdapter adapter;
   const void* xa;
   int64_t xa_pitch;  // elements from one row to the next
   void* dxa;         // [m, padded rank]
   int64_t dxa_pitch;
   float* db;  // [n, r]
-  void* a16;  // [padded rank, k]; null: not wanted
   void* workspace;
   int64_t workspace_bytes;
 };
@@ -67,7 +66,6 @@ struct LoraGradientArgs {
   void* workspace;  // 16-byte aligned, in use as long as the call; lora_gradient_workspace tells how much
   int64_t workspace_bytes;
   unsigned* counters;  // one for each 256 of k: zero, and zero again afterwards
-  bool beside;         // the call before on this stream reads dxa too and has waited for it: need not have ended
 };
 
 namespace cuda {

@@ -4,22 +4,43 @@
 // the caller decodes the weight into a workspace (nf4.h) and multiplies with the framework.
 #pragma once
 
+#include "fastpeft/lora.h"
 #include "fastpeft/nf4.h"
 #include "fastpeft/types.h"
 
 namespace fastpeft {
 
-// A low-rank adapter whose product joins that of the base: y += xa B^T, with B times the adapter's scale, and, if
-// transposed, y += drop(xa A). Its matrices are of the dtype of x, their rank rounded up to a multiple of 8 with zeros.
+// What a few thread blocks make beside the product: xa, here of all adapters that share x; or, if transposed, dxa and
+// dB of this adapter, and dA, of the first columns, of all that share x. Ranks are multiples of 8.
+struct NF4LinearBeside {
+  int64_t ranks = 0;                    // of all that is made: 0: nothing is
+  int64_t gradient_ranks = 0;           // if transposed, of all that share x: 0: no dA
+  LoraAdapter adapters[kMostAdapters];  // forward: those that share x; transposed: this one
+  void* rounded = nullptr;              // room for their A, or its B, in the dtype of x
+  const void* xa = nullptr;             // transposed: as forward made it, this adapter's columns of it
+  int64_t xa_pitch = 0;
+  float* db = nullptr;        // [n, r]
+  float* db_sums = nullptr;   // as many times n r as the plan has thread blocks beside, less one
+  const void* x = nullptr;    // [m, k]
+  const void* dxa = nullptr;  // [m, gradient_ranks]
+  float* da[kMostAdapters] = {};
+  int64_t da_r[kMostAdapters] = {};  // 0 from the first that there is not
+};
+
+// A low-rank adapter whose product joins that of the base: y += scale xa B^T, and, if transposed, y += drop(xa A).
+// What is multiplied is rounded to the dtype of x, B after its scale.
 struct NF4LinearAdapter {
-  int64_t r = 0;                 // 0: none
-  const void* xa = nullptr;      // [m, r]
-  int64_t xa_pitch = 0;          // elements from one row of xa to the next
-  const void* factor = nullptr;  // B times the scale, [n, r]; if transposed A, [r, k]
-  double p = 0.0;                // of dropout, if transposed
+  int64_t r = 0;                  // columns of xa: the rank rounded up to a multiple of 8; 0: none
+  const void* xa = nullptr;       // [m, r]; made beside the product, if `beside` says so
+  int64_t xa_pitch = 0;           // elements from one row of xa to the next
+  const float* factor = nullptr;  // B, [n, factor_rank]; if transposed A, [factor_rank, k]
+  int64_t factor_rank = 0;
+  double scale = 1.0;
+  double p = 0.0;  // of dropout, if transposed
   uint64_t seed = 0;
   bool add_to_y = false;  // y is added to: what was there, and the product, are both rounded
   bool early = false;     // the call before on this stream is the one that makes xa, by a kernel that lets others start
+  NF4LinearBeside beside{};
 };
 
 struct NF4LinearArgs {
