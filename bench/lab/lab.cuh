@@ -111,9 +111,8 @@ struct Contender {
   float us = 0;                  // median
 };
 
-// Graph replays, the contenders in turns; launches a multiple of `sets`, where what they read is rotated.
-inline void measure(std::vector<Contender>& list, int most_launches, cudaStream_t stream, int rounds = 5,
-                    int sets = 1) {
+// Graph replays, the contenders in turns.
+inline void measure(std::vector<Contender>& list, int most_launches, cudaStream_t stream) {
   cudaEvent_t start, stop;
   CK(cudaEventCreate(&start));
   CK(cudaEventCreate(&stop));
@@ -139,7 +138,6 @@ inline void measure(std::vector<Contender>& list, int most_launches, cudaStream_
       for (int i = 0; i < 3; ++i) a.run(i);
     });
     Replay r{nullptr, std::clamp(static_cast<int>(1.5f / (ms / 3)), 2, most_launches), {}};
-    r.launches = (r.launches + sets - 1) / sets * sets;
     cudaGraph_t graph;
     CK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
     for (int i = 0; i < r.launches; ++i) a.run(i);
@@ -148,12 +146,12 @@ inline void measure(std::vector<Contender>& list, int most_launches, cudaStream_
     CK(cudaGraphDestroy(graph));
     replays.push_back(r);
   }
-  for (int round = 0; round < rounds; ++round) {
+  for (int round = 0; round < 5; ++round) {
     for (Replay& r : replays) r.us.push_back(1000 * timed([&] { CK(cudaGraphLaunch(r.graph, stream)); }) / r.launches);
   }
   for (size_t i = 0; i < list.size(); ++i) {
     std::sort(replays[i].us.begin(), replays[i].us.end());
-    list[i].us = replays[i].us[rounds / 2];
+    list[i].us = replays[i].us[2];
     CK(cudaGraphExecDestroy(replays[i].graph));
   }
   CK(cudaEventDestroy(start));
