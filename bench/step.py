@@ -227,7 +227,7 @@ def _measure(stack: Stack, setup: Setup) -> dict[str, Any]:
         if cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    result = {
+    result: dict[str, Any] = {
         "seconds": seconds,
         "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
         "reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,

@@ -7,6 +7,7 @@ unsloth  Unsloth with its offloaded checkpointing, ``unsloth-gc`` with its plain
 
 from __future__ import annotations
 
+import importlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -50,9 +51,7 @@ def _hf(setup: Setup, liger: bool) -> Stack:
     peft, bnb = require("peft"), require("bitsandbytes")
     if liger:
         require("liger_kernel")
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-        apply_liger_kernel_to_llama()
+        importlib.import_module("liger_kernel.transformers").apply_liger_kernel_to_llama()
     model = _bitsandbytes_llama(setup)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()

@@ -1,8 +1,10 @@
 // Gated activations on CUDA, forward and backward: every tensor is read and written once.
 //
 // Plan     A thread owns 16 bytes of each tensor; 32 registers are enough for it, so that an SM has 2048 threads and
-//          their loads under way. Where all rows lie without gaps, the whole tensor is one row. The 16-bit types take
-//          the fast exponential and division, whose error their rounding hides; float32 takes the exact ones.
+//          their loads under way. These carry no hint: read once or evicted first cost 2 to 3% (bench/LOG.md,
+//          2026-11-26, "Block kernels: hints, shapes and what is asked for early"). Where all rows lie without gaps,
+//          the whole tensor is one row. The 16-bit types take the fast exponential and division, whose error their
+//          rounding hides; float32 takes the exact ones.
 // Limits   Packs need widths, strides and pointers on the 16-byte grid; the same kernel with packs of one element takes
 //          the rest.
 #include "fastpeft/glu.h"
@@ -49,7 +51,7 @@ __device__ Pack<T, kN> load(const Place& place, const void* from, int64_t stride
   if constexpr (kN == 1) {
     return {place.inside ? *here : T{}};
   } else {
-    return load_pack_once_if<T, kN>(place.inside, here);
+    return load_pack_if<T, kN>(place.inside, here);
   }
 }
 

@@ -1,229 +1,124 @@
 // RMSNorm on CUDA, with the residual add before it and the gradients of both: every tensor is read and written once.
 //
 // Plan     A row lies in the registers of its threads (rms_norm_config.h), so it is read once although it is needed
-//          before and after the sum over it. All loads of a row stand before the first use. Weights come from L1, which
-//          the rows are kept out of.
-// dweight  Blocks stay resident and add up their rows in shared memory; each writes one row of partial sums, which a
-//          second kernel adds in a fixed order.
+//          before and after the sum over it. All loads of a row stand before the first use, and the first blocks ask
+//          L2 for theirs while the kernel before still runs. Rows go through L1 and stay in L2 as long as anything
+//          else: loads hinted to be read once cost 1.5 to 4% (bench/LOG.md, 2026-11-26, "Block kernels: hints, shapes
+//          and what is asked for early").
+// Backward rms_norm_backward_kernel.cuh.
 // Limits   Rows of whole 16-byte packs on the 16-byte grid, up to 2048 packs; the general kernels take the rest.
 #include "fastpeft/rms_norm.h"
+
+#include <type_traits>
 
 #include "common/rms_norm_checks.h"
 #include "cuda/device/launch.cuh"
 #include "cuda/device/numbers.cuh"
 #include "cuda/device/ptx.cuh"
+#include "cuda/rms_norm_backward_kernel.cuh"
 #include "cuda/rms_norm_config.h"
+#include "cuda/rms_norm_row.cuh"
 
 namespace fastpeft::cuda {
 namespace {
 
-template <typename T>
-constexpr int kEach = 16 / static_cast<int>(sizeof(T));
-
-template <bool kWide>
-constexpr int kPacks = kWide ? kRmsNormWidePacks : kRmsNormNarrowPacks;
-
-template <bool kWide>
-constexpr int kThreads = kWide ? kRmsNormMostThreads : kRmsNormNarrowThreads;
-
-constexpr int kMostWarps = kRmsNormMostThreads / 32;
+using namespace norm;
 
 // --- kernels ---------------------------------------------------------------------------------------------------------
 
-__device__ inline float sum_lanes(float v, int lanes) {
-  for (int distance = lanes / 2; distance > 0; distance /= 2) v += __shfl_xor_sync(~0u, v, distance);
-  return v;
+// Blocks of kMostThreads that an SM has room for at least: the compiler would spend more registers, and with them the
+// loads under way.
+template <typename T, typename W, int kP, bool kResidual>
+constexpr int least_blocks() {
+  if (kP == 1 && sizeof(T) == 2) return kResidual ? 4 : 5;
+  return kP == 2 && !kResidual && std::is_same_v<T, W> ? 3 : 1;
 }
 
-// Sum over the whole block, in every thread. `warp_sums` may be written again after one more barrier.
-__device__ inline float sum_block(float v, float* warp_sums) {
-  v = sum_lanes(v, 32);
-  if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = v;
-  __syncthreads();
-  const unsigned from = threadIdx.x % kMostWarps;
-  return sum_lanes(from < blockDim.x / 32 ? warp_sums[from] : 0.0f, kMostWarps);
-}
-
-template <bool kWide>
-__device__ float sum_row(float v, int lanes, float* warp_sums) {
-  return kWide ? sum_block(v, warp_sums) : sum_lanes(v, lanes);
-}
-
-template <typename T>
-__device__ float rounded(float x) {
-  return to_float(from_float<T>(x));
-}
-
-// Which row, and which of its packs, a thread has.
-template <bool kWide>
-struct Seat {
-  int lanes, lane, group, groups;
-
-  __device__ explicit Seat(int lanes_log2) {
-    lanes = kWide ? static_cast<int>(blockDim.x) : 1 << lanes_log2;
-    lane = kWide ? static_cast<int>(threadIdx.x) : static_cast<int>(threadIdx.x) & (lanes - 1);
-    group = kWide ? 0 : static_cast<int>(threadIdx.x) >> lanes_log2;
-    groups = kWide ? 1 : static_cast<int>(blockDim.x) >> lanes_log2;
-  }
-  __device__ int pack(int i) const { return lane + i * lanes; }
-};
-
-template <typename T, typename W, bool kWide, bool kResidual>
-__global__ void __launch_bounds__(kThreads<kWide>)
-    forward_kernel(const __grid_constant__ RmsNormArgs args, int lanes_log2, float inverse_width, float eps,
-                   float offset) {
-  constexpr int kN = kEach<T>, kP = kPacks<kWide>;
+template <typename T, typename W, int kP, bool kResidual>
+__global__ void __launch_bounds__(kMostThreads<kP>, least_blocks<T, W, kP, kResidual>())
+    forward_kernel(const __grid_constant__ RmsNormArgs args, int lanes_log2, unsigned early_blocks, float inverse_width,
+                   float eps, float offset) {
+  constexpr int kN = kEach<T>, kR = kRows<kP>;
   __shared__ float warp_sums[kMostWarps];
   let_next_kernel_start();
-  wait_for_kernel_before();
-  const Seat<kWide> seat(lanes_log2);
+  const Seat<kP> seat(lanes_log2);
   const int64_t width = args.shape.width;
   const int packs = static_cast<int>(width / kN);
-  const int64_t row = blockIdx.x * static_cast<int64_t>(seat.groups) + seat.group;
-  const bool mine = kWide || row < args.shape.rows;
+  const int64_t first = blockIdx.x * static_cast<int64_t>(seat.groups * kR);
+  // L2 is where all SMs meet, so that nothing stale can come of rows that the kernel before has yet to write.
+  if (blockIdx.x < early_blocks && threadIdx.x < (kResidual ? 2 : 1)) {
+    const T* from = threadIdx.x == 0 ? static_cast<const T*>(args.x) + first * args.x_stride
+                                     : static_cast<const T*>(args.residual) + first * args.residual_stride;
+    const int64_t rows = min(static_cast<int64_t>(seat.groups * kR), args.shape.rows - first);
+    prefetch_l2(from, static_cast<uint32_t>(rows * width * sizeof(T)));
+  }
+  wait_for_kernel_before();
 
-  const T* x_row = static_cast<const T*>(args.x) + row * args.x_stride;
-  const W* weight = static_cast<const W*>(args.weight);
-  bool here[kP];
+  bool here[kR][kP];
+  Pack<T, kN> x[kR][kP];
 #pragma unroll
-  for (int i = 0; i < kP; ++i) here[i] = mine && seat.pack(i) < packs;
-  Pack<T, kN> x[kP];
-#pragma unroll
-  for (int i = 0; i < kP; ++i) x[i] = load_pack_once_if<T, kN>(here[i], x_row + seat.pack(i) * kN);
-  if constexpr (kResidual) {
-    const T* residual_row = static_cast<const T*>(args.residual) + row * args.residual_stride;
-    T* h_row = static_cast<T*>(args.h) + row * width;
-    Pack<T, kN> residual[kP];
+  for (int r = 0; r < kR; ++r) {
+    const int64_t row = first + r * seat.groups + seat.group;
+    const T* x_row = static_cast<const T*>(args.x) + row * args.x_stride;
 #pragma unroll
     for (int i = 0; i < kP; ++i) {
-      residual[i] = load_pack_once_if<T, kN>(here[i], residual_row + seat.pack(i) * kN);
+      here[r][i] = (kWide<kP> || row < args.shape.rows) && seat.pack(i) < packs;
+      x[r][i] = load_pack_if<T, kN>(here[r][i], x_row + seat.pack(i) * kN);
+    }
+  }
+  if constexpr (kResidual) {
+    Pack<T, kN> residual[kR][kP];
+#pragma unroll
+    for (int r = 0; r < kR; ++r) {
+      const int64_t row = first + r * seat.groups + seat.group;
+      const T* residual_row = static_cast<const T*>(args.residual) + row * args.residual_stride;
+#pragma unroll
+      for (int i = 0; i < kP; ++i) {
+        residual[r][i] = load_pack_if<T, kN>(here[r][i], residual_row + seat.pack(i) * kN);
+      }
     }
 #pragma unroll
-    for (int i = 0; i < kP; ++i) {
+    for (int r = 0; r < kR; ++r) {
+      T* h_row = static_cast<T*>(args.h) + (first + r * seat.groups + seat.group) * width;
 #pragma unroll
-      for (int j = 0; j < kN; ++j) {
-        x[i].values[j] = from_float<T>(to_float(x[i].values[j]) + to_float(residual[i].values[j]));
+      for (int i = 0; i < kP; ++i) {
+#pragma unroll
+        for (int j = 0; j < kN; ++j) {
+          x[r][i].values[j] = from_float<T>(to_float(x[r][i].values[j]) + to_float(residual[r][i].values[j]));
+        }
+        store_pack_if(here[r][i], h_row + seat.pack(i) * kN, x[r][i]);
       }
-      store_pack_if(here[i], h_row + seat.pack(i) * kN, x[i]);
     }
   }
   Pack<W, kN> w[kP];
 #pragma unroll
-  for (int i = 0; i < kP; ++i) w[i] = load_pack_if<W, kN>(here[i], weight + seat.pack(i) * kN);
-  float sum = 0.0f;
-#pragma unroll
   for (int i = 0; i < kP; ++i) {
-#pragma unroll
-    for (int j = 0; j < kN; ++j) sum += to_float(x[i].values[j]) * to_float(x[i].values[j]);
+    w[i] = load_pack_if<W, kN>(seat.pack(i) < packs, static_cast<const W*>(args.weight) + seat.pack(i) * kN);
   }
-  const float rstd = rsqrtf(sum_row<kWide>(sum, seat.lanes, warp_sums) * inverse_width + eps);
-  if (mine && seat.lane == 0) static_cast<float*>(args.rstd)[row] = rstd;
-  T* y_row = static_cast<T*>(args.y) + row * width;
 #pragma unroll
-  for (int i = 0; i < kP; ++i) keep_packed(x[i]);
-#pragma unroll
-  for (int i = 0; i < kP; ++i) {
-    Pack<T, kN> y;
-#pragma unroll
-    for (int j = 0; j < kN; ++j) {
-      float n = to_float(x[i].values[j]) * rstd;
-      if (args.shape.cast_first) n = rounded<T>(n);
-      y.values[j] = from_float<T>(n * (to_float(w[i].values[j]) + offset));
-    }
-    store_pack_if(here[i], y_row + seat.pack(i) * kN, y);
-  }
-}
-
-// Sums of dy * n that a thread keeps for its columns, in shared memory: in registers they would cost the loads their
-// room. Neighbouring threads have neighbouring words, so no two of a warp meet in a bank.
-__device__ inline int column_sum(int element, int thread) { return element * static_cast<int>(blockDim.x) + thread; }
-
-template <typename T, typename W, bool kWide, bool kDWeight>
-__global__ void __launch_bounds__(kThreads<kWide>) backward_kernel(const __grid_constant__ RmsNormBackwardArgs args,
-                                                                   int lanes_log2, float inverse_width, float offset) {
-  constexpr int kN = kEach<T>, kP = kPacks<kWide>;
-  __shared__ float warp_sums[2][kMostWarps];  // in turns, so that a row costs one barrier
-  extern __shared__ float column_sums[];
-  [[maybe_unused]] const int thread = threadIdx.x;
-  if constexpr (kDWeight) {
-#pragma unroll
-    for (int i = 0; i < kP * kN; ++i) column_sums[column_sum(i, thread)] = 0.0f;
-  }
-  let_next_kernel_start();
-  wait_for_kernel_before();
-  const Seat<kWide> seat(lanes_log2);
-  const int64_t width = args.shape.width;
-  const int packs = static_cast<int>(width / kN);
-  const W* weight = static_cast<const W*>(args.weight);
-  int turn = 0;
-  for (int64_t first = blockIdx.x * static_cast<int64_t>(seat.groups); first < args.shape.rows;
-       first += gridDim.x * static_cast<int64_t>(seat.groups)) {
-    const int64_t row = first + seat.group;
-    const bool mine = kWide || row < args.shape.rows;
-    const T* dy_row = static_cast<const T*>(args.dy) + row * args.dy_stride;
-    const T* h_row = static_cast<const T*>(args.h) + row * args.h_stride;
-    const T* dh_row = static_cast<const T*>(args.dh) + row * args.dh_stride;
-    const bool with_dh = args.dh != nullptr;
-    bool here[kP];
-#pragma unroll
-    for (int i = 0; i < kP; ++i) here[i] = mine && seat.pack(i) < packs;
-    Pack<T, kN> dy[kP], h[kP], dh[kP];
-#pragma unroll
-    for (int i = 0; i < kP; ++i) {
-      dy[i] = load_pack_once_if<T, kN>(here[i], dy_row + seat.pack(i) * kN);
-      h[i] = load_pack_once_if<T, kN>(here[i], h_row + seat.pack(i) * kN);
-    }
-    const float rstd = mine ? load_4(static_cast<const float*>(args.rstd) + row) : 0.0f;
-#pragma unroll
-    for (int i = 0; i < kP; ++i) {
-      dh[i] = load_pack_once_if<T, kN>(with_dh && here[i], dh_row + seat.pack(i) * kN);
-    }
+  for (int r = 0; r < kR; ++r) {
+    const int64_t row = first + r * seat.groups + seat.group;
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kP; ++i) {
-      if (!here[i]) break;
-      const auto w = load_pack<W, kN>(weight + seat.pack(i) * kN);
 #pragma unroll
-      for (int j = 0; j < kN; ++j) {
-        const float n = to_float(h[i].values[j]) * rstd;
-        sum += to_float(dy[i].values[j]) * (to_float(w.values[j]) + offset) * n;
-        if constexpr (kDWeight) {
-          column_sums[column_sum(i * kN + j, thread)] +=
-              to_float(dy[i].values[j]) * (args.shape.cast_first ? rounded<T>(n) : n);
-        }
-      }
+      for (int j = 0; j < kN; ++j) sum += to_float(x[r][i].values[j]) * to_float(x[r][i].values[j]);
     }
-    const float mean = sum_row<kWide>(sum, seat.lanes, warp_sums[turn]) * inverse_width;
-    turn ^= 1;
+    const float rstd = rsqrtf(sum_row<kP>(sum, seat.lanes, warp_sums) * inverse_width + eps);
+    if (seat.lane == 0 && here[r][0]) static_cast<float*>(args.rstd)[row] = rstd;
+    T* y_row = static_cast<T*>(args.y) + row * width;
 #pragma unroll
-    for (int i = 0; i < kP; ++i) keep_packed(dy[i]), keep_packed(h[i]);
-    T* dx_row = static_cast<T*>(args.dx) + row * width;
+    for (int i = 0; i < kP; ++i) keep_packed(x[r][i]);
 #pragma unroll
     for (int i = 0; i < kP; ++i) {
-      if (!here[i]) break;
-      // Read again rather than kept: the registers are worth more, and it is in L1.
-      const auto w = load_pack<W, kN>(weight + seat.pack(i) * kN);
-      Pack<T, kN> dx;
+      Pack<T, kN> y;
 #pragma unroll
       for (int j = 0; j < kN; ++j) {
-        const float n = to_float(h[i].values[j]) * rstd;
-        const float g = to_float(dy[i].values[j]) * (to_float(w.values[j]) + offset);
-        dx.values[j] = from_float<T>(rstd * (g - n * mean) + to_float(dh[i].values[j]));
+        float n = to_float(x[r][i].values[j]) * rstd;
+        if (args.shape.cast_first) n = rounded<T>(n);
+        y.values[j] = from_float<T>(n * (to_float(w[i].values[j]) + offset));
       }
-      store_pack_if(true, dx_row + seat.pack(i) * kN, dx);
-    }
-  }
-  if constexpr (kDWeight) {
-    __syncthreads();
-    float* partial_row = static_cast<float*>(args.partials) + blockIdx.x * width;
-    for (int column = thread; column < packs * kN; column += blockDim.x) {
-      const int pack = column / kN;
-      const int element = pack / seat.lanes * kN + column % kN;
-      float v = 0.0f;
-      for (int group = 0; group < seat.groups; ++group) {
-        v += column_sums[column_sum(element, group * seat.lanes + pack % seat.lanes)];
-      }
-      partial_row[column] = v;
+      store_pack_if(here[r][i], y_row + seat.pack(i) * kN, y);
     }
   }
 }
@@ -300,31 +195,6 @@ __global__ void __launch_bounds__(kRmsNormGeneralThreads)
   }
 }
 
-constexpr int kSumColumns = 32;
-constexpr int kSumSlices = 16;
-
-// dweight[i] = the sum of column i of the partials. Warps take every sixteenth row, then their sums are added in order.
-template <typename W>
-__global__ void __launch_bounds__(kSumColumns* kSumSlices)
-    sum_partials_kernel(const float* partials, int64_t rows, int64_t width, W* dweight) {
-  __shared__ float of_slice[kSumSlices][kSumColumns];
-  let_next_kernel_start();
-  wait_for_kernel_before();
-  const int slice = threadIdx.x / kSumColumns, lane = threadIdx.x % kSumColumns;
-  const int64_t column = blockIdx.x * static_cast<int64_t>(kSumColumns) + lane;
-  float sum = 0.0f;
-  if (column < width) {
-#pragma unroll 8
-    for (int64_t row = slice; row < rows; row += kSumSlices) sum += partials[row * width + column];
-  }
-  of_slice[slice][lane] = sum;
-  __syncthreads();
-  if (slice != 0 || column >= width) return;
-#pragma unroll
-  for (int i = 1; i < kSumSlices; ++i) sum += of_slice[i][lane];
-  dweight[column] = from_float<W>(sum);
-}
-
 // --- launchers -------------------------------------------------------------------------------------------------------
 
 // Calls body with a value of the element type and one of the weight's.
@@ -354,6 +224,24 @@ Grid grid_of(int64_t blocks, int threads) {
           .overlap_launch = device_limits().wgmma};
 }
 
+using BackwardKernel = void (*)(RmsNormBackwardArgs, int, float, float);
+
+template <typename T, typename W, int kP>
+BackwardKernel backward_kernel_of(bool with_dh, bool with_dweight) {
+  if (with_dweight) return with_dh ? dweight_kernel<T, W, kP, true> : dweight_kernel<T, W, kP, false>;
+  return with_dh ? backward_kernel<T, W, kP, true> : backward_kernel<T, W, kP, false>;
+}
+
+// Calls body with a constant, the packs of a row that a thread has.
+template <typename Body>
+void dispatch_packs(const RmsNormConfig& config, const Body& body) {
+  switch (config.packs) {
+    case 1: return body(std::integral_constant<int, 1>{});
+    case 2: return body(std::integral_constant<int, 2>{});
+    default: return body(std::integral_constant<int, kRmsNormMostPacks>{});
+  }
+}
+
 template <typename T, typename W>
 void launch_backward(const RmsNormBackwardArgs& args, const RmsNormConfig& config, const Context& context) {
   const float inverse_width = static_cast<float>(1.0 / static_cast<double>(args.shape.width));
@@ -364,14 +252,11 @@ void launch_backward(const RmsNormBackwardArgs& args, const RmsNormConfig& confi
   if (!config.in_registers) {
     launch(what, general_backward_kernel<T, W>, grid, context, args, inverse_width, offset);
   } else {
-    const int lanes_log2 = config.wide ? 0 : log2_of(config.lanes);
-    if (with_dweight) {
-      grid.smem_bytes = config.threads * (config.wide ? kPacks<true> : kPacks<false>)*kEach<T> * sizeof(float);
-    }
-    const auto kernel = config.wide
-                            ? (with_dweight ? backward_kernel<T, W, true, true> : backward_kernel<T, W, true, false>)
-                            : (with_dweight ? backward_kernel<T, W, false, true> : backward_kernel<T, W, false, false>);
-    launch(what, kernel, grid, context, args, lanes_log2, inverse_width, offset);
+    dispatch_packs(config, [&](auto packs) {
+      if (with_dweight) grid.smem_bytes = config.threads * kSharedSums<kEach<T>, packs.value> * sizeof(float);
+      launch(what, backward_kernel_of<T, W, packs.value>(args.dh != nullptr, with_dweight), grid, context, args,
+             log2_of(config.lanes), inverse_width, offset);
+    });
   }
   if (with_dweight) {
     launch(what, sum_partials_kernel<W>, grid_of(ceil_div(args.shape.width, kSumColumns), kSumColumns * kSumSlices),
@@ -399,11 +284,17 @@ void rms_norm(const RmsNormArgs& args, const Context& context) {
       launch(what, general_forward_kernel<T, W>, grid, context, args, inverse_width, eps, offset);
     } else {
       const bool with_residual = args.residual != nullptr;
-      const auto kernel =
-          config.wide ? (with_residual ? forward_kernel<T, W, true, true> : forward_kernel<T, W, true, false>)
-                      : (with_residual ? forward_kernel<T, W, false, true> : forward_kernel<T, W, false, false>);
-      const int lanes_log2 = config.wide ? 0 : log2_of(config.lanes);
-      launch(what, kernel, grid, context, args, lanes_log2, inverse_width, eps, offset);
+      // Those that fit on the device at once, or somewhat more: they start while the kernel before still runs. A fetch
+      // needs rows without gaps.
+      const bool gaps =
+          args.x_stride != args.shape.width || (with_residual && args.residual_stride != args.shape.width);
+      const DeviceLimits limits = device_limits();
+      const unsigned early_blocks =
+          gaps || !limits.wgmma ? 0 : static_cast<unsigned>(limits.sms * (2048 / config.threads));
+      dispatch_packs(config, [&](auto packs) {
+        launch(what, with_residual ? forward_kernel<T, W, packs.value, true> : forward_kernel<T, W, packs.value, false>,
+               grid, context, args, log2_of(config.lanes), early_blocks, inverse_width, eps, offset);
+      });
     }
   });
 }

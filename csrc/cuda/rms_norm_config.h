@@ -1,7 +1,8 @@
 // How the threads of the RMSNorm kernels share the rows; pure host code.
 //
-// A row lies in the registers of its threads, in packs of 16 bytes: two packs a thread in rows of up to 64 packs, which
-// share a warp with other rows, four in longer ones, which have a thread block to themselves.
+// A row lies in the registers of its threads, in packs of 16 bytes. Rows of up to 32 packs share a warp with others,
+// and a thread has one pack of each of two; longer ones have a thread block to themselves, two packs a thread, or four
+// where that would take more than 512 threads.
 #pragma once
 
 #include <algorithm>
@@ -13,31 +14,34 @@ namespace fastpeft::cuda {
 
 struct RmsNormConfig {
   bool in_registers;  // else the general kernel: a row a block, elements one by one
-  bool wide;          // a row has a thread block to itself
-  int lanes;          // threads of a row; a power of two where rows share a warp
+  int packs;          // of a row that a thread has; one where rows share a warp
+  int lanes;          // threads of a row where rows share a warp, a power of two; else 1
   int threads;        // of a block
   int64_t rows;       // of a block at a time
 };
 
-inline constexpr int kRmsNormNarrowPacks = 2;
-inline constexpr int kRmsNormWidePacks = 4;
-inline constexpr int kRmsNormMostThreads = 512;
-inline constexpr int kRmsNormNarrowThreads = 128;
+inline constexpr int kRmsNormMostPacks = 4;   // of a thread
+inline constexpr int kRmsNormNarrowRows = 2;  // of a thread where rows share a warp
+inline constexpr int kRmsNormNarrowThreads = 256;
+inline constexpr int kRmsNormNarrowBlocksAnSm = 3;  // where they sum dweight, which takes registers
+inline constexpr int kRmsNormLeastThreads = 64;     // of a longer row, as an SM has room for 32 blocks
+inline constexpr int kRmsNormMostThreads = 512;     // of a longer row; and of an SM where they sum dweight
 inline constexpr int kRmsNormGeneralThreads = 256;
 
 inline RmsNormConfig rms_norm_config(int64_t width, int element_bytes, bool aligned) {
   const int64_t each = 16 / element_bytes;
   const int64_t packs = width / each;
-  if (!aligned || width % each != 0 || packs > int64_t{kRmsNormMostThreads} * kRmsNormWidePacks) {
-    return {false, true, kRmsNormGeneralThreads, kRmsNormGeneralThreads, 1};
+  if (!aligned || width % each != 0 || packs > int64_t{kRmsNormMostThreads} * kRmsNormMostPacks) {
+    return {false, 0, 1, kRmsNormGeneralThreads, 1};
   }
-  if (packs <= 32 * kRmsNormNarrowPacks) {
+  if (packs <= 32) {
     int lanes = 1;
-    while (lanes * kRmsNormNarrowPacks < packs) lanes *= 2;
-    return {true, false, lanes, kRmsNormNarrowThreads, kRmsNormNarrowThreads / lanes};
+    while (lanes < packs) lanes *= 2;
+    return {true, 1, lanes, kRmsNormNarrowThreads, kRmsNormNarrowThreads / lanes * kRmsNormNarrowRows};
   }
-  const int threads = static_cast<int>(ceil_div(packs, kRmsNormWidePacks * 32) * 32);
-  return {true, true, threads, threads, 1};
+  const int of_thread = packs <= 2 * kRmsNormMostThreads ? 2 : kRmsNormMostPacks;
+  const int threads = static_cast<int>(ceil_div(packs, of_thread * 32) * 32);
+  return {true, of_thread, 1, std::max(kRmsNormLeastThreads, threads), 1};
 }
 
 // Blocks of the backward kernel when it sums dweight, each of which writes a row of partial sums: as many as are
@@ -45,8 +49,8 @@ inline RmsNormConfig rms_norm_config(int64_t width, int element_bytes, bool alig
 inline int64_t rms_norm_partial_rows(int64_t rows, int64_t width, int element_bytes, int sms) {
   if (sms == 0) return std::min<int64_t>(rows, 64);  // whatever the number of threads, so that sums do not depend on it
   const RmsNormConfig config = rms_norm_config(width, element_bytes, true);
-  const int64_t resident = sms * std::max<int64_t>(1, kRmsNormMostThreads / config.threads);
-  return std::min(ceil_div(rows, config.rows), resident);
+  const int blocks_an_sm = config.packs == 1 ? kRmsNormNarrowBlocksAnSm : kRmsNormMostThreads / config.threads;
+  return std::min(ceil_div(rows, config.rows), int64_t{sms} * blocks_an_sm);
 }
 
 }  // namespace fastpeft::cuda

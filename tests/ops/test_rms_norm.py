@@ -18,9 +18,10 @@ SHAPES = {
     "rows-share-a-warp": (2, 5, 3, 128),
     "heads-of-64": (3, 7, 9, 64),
     "heads-of-80": (11, 80),
-    "heads-of-256": (13, 256),
+    "widest-shared": (13, 256),
     "one-pack": (19, 8),
-    "widest-shared": (3, 512),
+    "narrowest-block": (5, 264),
+    "heads-of-512": (3, 512),
     "one-warp-masked": (5, 576),
     "smollm": (2, 9, 960),
     "llama": (3, 7, 2048),
@@ -28,7 +29,14 @@ SHAPES = {
     "odd-width": (9, 77),
     "three-columns": (40, 3),
 }
-LARGE = {"w16384": (5, 16384), "w8192-more-rows-than-blocks": (700, 8192), "w20000": (3, 20000), "rows": (5000, 128)}
+# -rows: more than the blocks that stay resident for dweight have at a time
+LARGE = {
+    "w128-rows": (40_000, 128),
+    "w4096-rows": (1500, 4096),
+    "w8192-rows": (700, 8192),
+    "w16384-rows": (300, 16384),
+    "w20000": (3, 20000),
+}
 KINDS = {"llama": (0.0, True), "gemma": (1.0, False)}
 
 
@@ -69,11 +77,35 @@ def test_forward_and_backward(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("train_weight", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("shape", LARGE.values(), ids=LARGE)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-def test_large_forward_and_backward(dtype: torch.dtype, shape: tuple[int, ...], train_weight: bool) -> None:
-    compare(shape, dtype, dtype, "llama", True, train_weight, "cuda")
+def test_large_forward_and_backward(
+    dtype: torch.dtype, shape: tuple[int, ...], train_weight: bool, with_residual: bool
+) -> None:
+    compare(shape, dtype, dtype, "llama", with_residual, train_weight, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(8192, 4096), (65_536, 128)], ids=["wide", "shared"])
+def test_norms_right_behind_each_other(shape: tuple[int, ...]) -> None:
+    """Each asks L2 for its input while the norm that writes it still runs, into memory that held another's."""
+    start, residual = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    weight = torch.randn(shape[-1], device="cuda", dtype=torch.bfloat16)
+
+    def chain(wait: bool) -> Tensor:
+        x = start
+        for _ in range(20):
+            _, h = ops.rms_norm(x, weight, residual=residual)
+            if wait:
+                torch.cuda.synchronize()
+            x = ops.rms_norm(h, weight)
+            if wait:
+                torch.cuda.synchronize()
+        return x
+
+    assert_exact(chain(wait=False), chain(wait=True))
 
 
 @pytest.mark.parametrize("train_weight", [False, True], ids=["frozen", "trained"])
@@ -209,6 +241,12 @@ def test_partial_rows_never_leave_a_block_without_rows() -> None:
                 for sms in (0, 108, 132):
                     partial = native._C.rms_norm_partial_rows(rows, width, element_bytes, sms)
                     assert min(rows, 1) <= partial <= rows
+
+
+def test_partial_rows_are_those_of_the_blocks_that_are_resident_at_once() -> None:
+    blocks_an_sm = {128: 3, 256: 3, 264: 8, 1024: 8, 4096: 2, 8192: 1, 16384: 1, 99_999: 2}  # by width
+    for width, count in blocks_an_sm.items():
+        assert native._C.rms_norm_partial_rows(1_000_000, width, 2, 132) == 132 * count
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,14 @@ __device__ inline uint32_t load_2(const void* from) {
 // PTX ISA 9.7.9.15 (prefetch): the line of 128 bytes into L1.
 __device__ inline void prefetch_l1(const void* from) { asm volatile("prefetch.global.L1 [%0];" ::"l"(from)); }
 
+// PTX ISA 9.7.9.25 (cp.async.bulk.prefetch), from compute capability 9.0: `bytes`, whole packs of 16, into L2. Allowed
+// before wait_for_kernel_before: L2 takes the writes of all SMs, so what it holds cannot be stale.
+__device__ inline void prefetch_l2([[maybe_unused]] const void* from, [[maybe_unused]] uint32_t bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
 // PTX ISA 9.7.9.25.3 (cp.async): 16 bytes from global to shared memory behind the thread's back, past L1; a miss
 // fetches the whole 128-byte line into L2. The thread sees them after wait_async, others after a barrier too.
 __device__ inline void copy_async_16(uint32_t to_shared, const void* from) {
