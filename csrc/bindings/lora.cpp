@@ -53,8 +53,9 @@ void bind_lora(py::module_& m) {
         const cuda::LoraLinearPlan plan = cuda::lora_linear_plan(sizes, {architecture, sms, smem_bytes, wgmma});
         const std::vector<bool> dxa_beside(plan.dxa_beside,
                                            plan.dxa_beside + std::min<size_t>(n.size(), kMostAdapters));
-        return py::make_tuple(plan.fused, plan.beside, plan.xa_beside, dxa_beside, plan.da_beside, plan.forward_bytes,
-                              plan.backward_bytes, plan.beside_bytes, plan.sums_bytes, plan.counters, plan.reason);
+        return py::make_tuple(plan.fused, plan.beside, plan.xa_beside, dxa_beside, plan.da_beside, plan.da_after,
+                              plan.forward_bytes, plan.backward_bytes, plan.xa_bytes, plan.dxa_bytes, plan.sums_bytes,
+                              plan.after_bytes, plan.counters, plan.reason);
       },
       py::arg("m"), py::arg("k"), py::arg("n"), py::arg("r"), py::arg("block_sizes"), py::arg("dtype"),
       py::arg("aligned"), py::arg("aligned_factors"), py::arg("p"), py::arg("architecture"), py::arg("sms"),

@@ -214,7 +214,8 @@ struct BesideRates {
 };
 constexpr BesideRates kBesideRates[] = {
     {60, 36, 95, 1800, 1400, 2000}, {55, 22, 80, 1500, 1200, 1600}, {46, 13, 64, 1250, 950, 1250}};
-constexpr double kOwnCycles = 4000;  // of a launch
+constexpr double kMostSumsShare = 0.03;  // of dy's bytes, that sums of dB may take
+constexpr double kOwnCycles = 4000;      // of a launch
 // Of an item, for the adapter's product and each piece of its rank.
 constexpr double kAdapterCycles = 1800, kPieceCycles = 700;
 constexpr int rank_class(int ranks) { return ranks <= 16 ? 16 : ranks <= 32 ? 32 : 64; }
@@ -232,6 +233,7 @@ inline Plan choose_beside(int m, int out, int depth, int sms, bool forward, Besi
         // dA needs all of dxa: it cannot come before the product where dxa does not.
         if ((blocks > 0) != (makes || gradient) || (makes && work.ranks == 0) ||
             (gradient && work.gradient_ranks == 0) || (makes && !gradient && work.gradient_ranks > 0) ||
+            (makes && !forward && 4 * work.ranks * (blocks - 1) > kMostSumsShare * 2 * m) ||
             (only_blocks >= 0 && blocks != only_blocks))
           continue;
         Choice c{{}, 1e30};

@@ -89,7 +89,7 @@ def plan(group: Group, *activations: Tensor) -> native.LoraPlan:
 
 
 def _composed(reason: str) -> native.LoraPlan:
-    return native.LoraPlan(False, False, False, (), False, 0, 0, 0, 0, 0, f"composed: {reason}")
+    return native.LoraPlan(False, False, False, (), False, False, 0, 0, 0, 0, 0, 0, 0, f"composed: {reason}")
 
 
 def _masters(group: Group) -> list[tuple[Tensor, Tensor]]:
@@ -127,12 +127,12 @@ def forward(
     ranks = group.padded_ranks
     masters = _masters(group)
     rounded = 0 if needs.xa_beside else sum(ranks) * k
-    scratch = x2d.new_empty((rounded + (needs.beside_bytes + needs.forward_bytes) // 2,))
+    scratch = x2d.new_empty((rounded + (needs.xa_bytes + needs.forward_bytes) // 2,))
     xa = x2d.new_empty((m, sum(ranks)))
     ys = [x2d.new_empty((*rows, member.n)) for member in group.members]
     counters = native.counters(needs.counters, x2d.device)
 
-    a16, beside, workspace = _starts(scratch.data_ptr(), [2 * rounded, needs.beside_bytes])[:3]
+    a16, beside, workspace = _starts(scratch.data_ptr(), [2 * rounded, needs.xa_bytes])[:3]
     seed = 0 if group.seed is None else int(group.seed)
     adapters = _adapters(group, masters)
     if not needs.xa_beside:
@@ -143,7 +143,7 @@ def forward(
         adapter = native.linear_adapter(
             column, sum(ranks), masters[i][1], member.a.shape[0], member.scale, early=i == 0 and not needs.xa_beside
         )
-        if i == 0 and needs.beside:
+        if i == 0 and needs.beside and group.p == 0:
             adapter.make_xa(adapters, beside)
         bias = None if bias is None else bias.contiguous()
         product_from_codes(
@@ -181,17 +181,21 @@ def backward(
     ranks = group.padded_ranks
     total = sum(ranks)
     masters = _masters(group)
-    made_here = needs if want_dx else needs._replace(beside=False, dxa_beside=[False] * len(ranks), da_beside=False)
+    made_here = (
+        needs
+        if want_dx
+        else needs._replace(beside=False, dxa_beside=[False] * len(ranks), da_beside=False, da_after=False)
+    )
     # Partial sums of the passes are added up before dx is written, so they lie in its memory, which they seldom exceed.
     sums = x2d.new_empty((max(m * k if want_dx else 0, needs.sums_bytes // 2),))
-    scratch = x2d.new_empty((m * total + ((needs.beside_bytes + needs.backward_bytes) // 2 if want_dx else 0),))
+    scratch = x2d.new_empty((m * total + ((needs.dxa_bytes + needs.backward_bytes) // 2 if want_dx else 0),))
     das = [torch.empty_like(a) for a, _ in masters]
     dbs = [torch.empty_like(b) for _, b in masters]
     counters = native.counters(needs.counters, x2d.device)
 
     seed = 0 if group.seed is None else int(group.seed)
     space = (sums.data_ptr(), needs.sums_bytes)
-    dxa, beside, workspace = _starts(scratch.data_ptr(), [2 * m * total, needs.beside_bytes])[:3]
+    dxa, beside, workspace = _starts(scratch.data_ptr(), [2 * m * total, needs.dxa_bytes])[:3]
     first = _starts(0, ranks)
     adapters = _adapters(group, masters)
     low_rank = [(xa.data_ptr() + 2 * begin, total, dxa + 2 * begin, total) for begin in first]
@@ -200,8 +204,8 @@ def backward(
             of_dy = (dys2d[i].data_ptr(), dtype, m, adapter, *low_rank[i], dbs[i].data_ptr())
             native.call_cuda("lora_backward", x2d, *of_dy, *space)
     gradients = [da.data_ptr() for da in das], [da.shape[0] for da in das]
-    if want_dab and not made_here.da_beside:
-        of_x = (x2d.data_ptr(), dtype, m, k, dxa, *gradients, group.p, seed)
+    of_x = (x2d.data_ptr(), dtype, m, k, dxa, *gradients, group.p, seed)
+    if want_dab and not made_here.da_beside and not made_here.da_after:
         native.call_cuda("lora_gradient", x2d, *of_x, *space, counters.data_ptr())
     if not want_dx:
         return None, das, dbs
@@ -213,11 +217,14 @@ def backward(
         member, a = group.members[i], masters[i][0]
         xa_at, _, dxa_at, _ = low_rank[i]
         joined = native.linear_adapter(dxa_at, total, a, a.shape[0], p=group.p, seed=seed, add_to_y=i != order[0])
-        if made_here.beside and (i == longest or made_here.da_beside):
+        if made_here.beside and (i == longest or made_here.da_beside or group.p > 0):
             joined.make_dxa(adapters[i], xa_at, total, dbs[i].data_ptr(), beside)
-        if made_here.beside and i == longest:
+        if made_here.beside and i == longest and group.p == 0:
             joined.make_da(x2d.data_ptr(), dxa, *gradients)
         product_from_codes(
             dys2d[i], member.operands, member.n, k, True, None, dx, workspace, needs.backward_bytes, counters, joined
         )
+    if want_dab and made_here.da_after:
+        after = x2d.new_empty((needs.after_bytes // 2,))
+        native.call_cuda("lora_gradient", x2d, *of_x, after.data_ptr(), needs.after_bytes, counters.data_ptr())
     return dx, das, dbs

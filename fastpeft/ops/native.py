@@ -73,11 +73,14 @@ class LoraPlan(NamedTuple):
     beside: bool  # the products are told what could be made beside them; of that
     xa_beside: bool  # xa is made beside the first product instead of before
     dxa_beside: Sequence[bool]  # dxa and dB are, beside each
-    da_beside: bool  # dA is, beside the last
+    da_beside: bool  # dA is, beside the longest, which comes last
+    da_after: bool  # dA is made after the products
     forward_bytes: int  # of workspace for a product
     backward_bytes: int
-    beside_bytes: int  # of workspace for what is made beside
+    xa_bytes: int  # of workspace for what is made beside a product
+    dxa_bytes: int
     sums_bytes: int  # for what is made before, free again before dx is written
+    after_bytes: int  # for dA, if it is made after
     counters: int  # 32-bit words, zero before and after
     reason: str
 
