@@ -104,19 +104,6 @@ __device__ inline void store_16_if(bool wanted, void* to, uint4 v) {
                : "memory");
 }
 
-__device__ inline uint32_t load_word(const void* from) {
-  uint32_t v;
-  asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
-  return v;
-}
-
-// Two bytes, above them zeros.
-__device__ inline uint32_t load_2(const void* from) {
-  uint32_t v;
-  asm volatile("ld.global.u16 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
-  return v;
-}
-
 // PTX ISA 9.7.9.15 (prefetch): the line of 128 bytes into L1.
 __device__ inline void prefetch_l1(const void* from) { asm volatile("prefetch.global.L1 [%0];" ::"l"(from)); }
 
