@@ -170,6 +170,12 @@ __device__ inline void copy_to_remote(uint32_t to, uint32_t from, uint32_t bytes
 }
 
 // --- tensor memory accelerator ---------------------------------------------------------------------------------------
+// A run of bytes from global to shared memory, both and the count on the 16-byte grid; the barrier counts the bytes.
+__device__ inline void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
 __device__ inline void tma_load(uint32_t to, const CUtensorMap* map, uint32_t barrier, int column, int row) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
