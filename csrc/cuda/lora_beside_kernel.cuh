@@ -7,12 +7,12 @@
 //          cost nothing, and four of them read 0.78 TB/s (bench/LOG.md, 2026-11-26). This kernel is launched first and
 //          lets the product start at once. They wait for no block of the product, which waits for a counter of every
 //          256 tokens, and work ahead of it: its blocks find xa ready, and x in L2.
-//          The float32 factor is first rounded to T, by all. Then one warp fetches and two warpgroups multiply (wgmma,
-//          both operands in shared memory, whose 128 bytes a cycle are the limit). Rounding it tile by tile as it
-//          streams by was half as fast: two tiles of float32 on their way do not hide their latency.
+//          The float32 factor is first rounded to T, by all. Then one thread fetches and the other warpgroups multiply
+//          (wgmma, both operands in shared memory, whose 128 bytes a cycle are the limit). Rounding it tile by tile as
+//          it streams by was half as fast: two tiles of float32 on their way do not hide their latency.
 //          xa       a block's 256 tokens through the whole depth, 128 a warpgroup.
-//          dxa, dB  the same walk; one warpgroup sums dxa, the other adds each chunk's dB to this block's own sums in
-//                   L2, which are added up in order at the end: runs are equal to the bit.
+//          dxa, dB  the same walk; two warpgroups sum dxa as they do xa, two more add each chunk's dB to this block's
+//                   own sums in L2, which are added up in order at the end: runs are equal to the bit.
 //          dA       each block takes columns of x instead, whose sums stay in registers over all tokens.
 // Limits   ranks are multiples of 8, 64 in all; no dropout where x is read.
 #pragma once
@@ -56,6 +56,7 @@ struct Problem {
   unsigned* ready;        // of each 256 tokens: how often `made` has been written to
   unsigned* blocks_done;  // twice two counters: how many have come to a meeting, and know that all have
 };
+
 template <int kRank>
 struct Layout {
   static constexpr uint32_t kTileBytes = kTokens * kColumns * 2, kFactorBytes = kColumns * kRank * 2;
