@@ -200,6 +200,30 @@ def test_equal_runs_give_equal_bits(dropout: float, hopper: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("m", "n", "k", "rank", "dropout"),
+    [
+        (1472, (576, 192, 192), 576, 16, 0.0),
+        (1030, (512,), 1024, 64, 0.0),
+        (2304, (2176, 320), 832, 24, 0.0),
+        (2048, (1536, 1536, 64, 64), 128, 8, 0.0),
+        (5120, (14336,), 3072, 16, 0.3),
+    ],
+    ids=str,
+)
+def test_beside_the_products(m: int, n: tuple[int, ...], k: int, rank: int, dropout: float, hopper: str) -> None:
+    """Whatever is made beside them, and equal bits however the thread blocks meet."""
+    chosen = plan(m=m, n=n, k=k, r=(rank,) * len(n), p=dropout)
+    assert chosen.xa_beside or any(chosen.dxa_beside) or chosen.da_beside
+    layers = fused(m, n, k, rank, dropout, torch.bfloat16)
+    layers.check(layers.together)
+    first = layers.outputs_and_gradients(layers.together)
+    for _ in range(20):
+        for value, reference in zip(layers.outputs_and_gradients(layers.together), first, strict=True):
+            assert_exact(value, reference)
+
+
+@pytest.mark.gpu
 def test_only_what_is_asked_for_has_a_gradient(hopper: str) -> None:
     layers = fused(700, (512, 128), 832, 16, 0.3, torch.bfloat16)
     everything = layers.outputs_and_gradients(layers.together)[2:]
@@ -267,9 +291,10 @@ def test_x_off_the_grid_of_16_bytes(hopper: str) -> None:
 
 @pytest.mark.gpu
 @DROPOUT
-def test_in_a_cuda_graph(dropout: float, hopper: str) -> None:
+@pytest.mark.parametrize("m", [1000, 1472])  # before and beside the products
+def test_in_a_cuda_graph(m: int, dropout: float, hopper: str) -> None:
     """Nothing waits for the device, and a replay reads what is in the inputs then."""
-    layers = fused(1000, (512, 128), 320, 16, dropout, torch.bfloat16)
+    layers = fused(m, (512, 128), 320, 16, dropout, torch.bfloat16)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(2):
