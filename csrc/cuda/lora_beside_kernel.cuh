@@ -31,8 +31,7 @@ namespace fastpeft::cuda::lora_beside {
 constexpr int kTokens = 256;  // that are ready together
 constexpr int kColumns = 64;  // of a tile of x or dy
 // Beside the fetching warpgroup, those that multiply: two share the tokens of xa or dxa, and backward two more take
-// turns with the chunks of dB. One alone for either is half as fast: a wgmma of few columns takes a warpgroup 60
-// cycles.
+// turns with the chunks of dB. With one for dxa the backward kernel was slower (bench/LOG.md, 2026-11-26).
 constexpr int multiplying(bool backward) { return backward ? 4 : 2; }
 constexpr int threads(bool backward) { return 128 * (1 + multiplying(backward)); }
 

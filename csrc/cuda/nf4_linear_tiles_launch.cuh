@@ -29,7 +29,7 @@ typename C::AdapterOrNone adapter_of([[maybe_unused]] const NF4LinearArgs& args,
     adapter.add_to_y = from.add_to_y;
     adapter.early = from.early || plan.beside_blocks > 0;
     adapter.ready = plan.makes ? args.counters + product_counters(plan) : nullptr;
-    adapter.writers = 2;
+    adapter.writers = kReadyWriters;
   }
   return adapter;
 }

@@ -125,6 +125,7 @@ inline int64_t workspace_bytes(const Plan& p) { return slots(p) * p.cluster * pa
 inline int product_counters(const Plan& p) { return slots(p) * p.cluster * kConsumers * kCountersEach; }
 // Behind the product's: of each kReadyTokens tokens, of the product's thread blocks, and four of the blocks beside it.
 constexpr int kReadyTokens = 256;
+constexpr unsigned kReadyWriters = 2;  // warpgroups that write to each of them
 inline int beside_counters(const Plan& p) { return p.beside_blocks == 0 ? 0 : ceil_divide(p.m, kReadyTokens) + 5; }
 inline int counters(const Plan& p) { return product_counters(p) + beside_counters(p); }
 

@@ -40,7 +40,7 @@ LARGE = {
 KINDS = {"llama": (0.0, True), "gemma": (1.0, False)}
 
 
-def compare(
+def check(
     shape: tuple[int, ...],
     dtype: torch.dtype,
     weight_dtype: torch.dtype,
@@ -73,7 +73,7 @@ def compare(
 def test_forward_and_backward(
     dtype: torch.dtype, shape: tuple[int, ...], kind: str, with_residual: bool, device: str
 ) -> None:
-    compare(shape, dtype, dtype, kind, with_residual, True, device)
+    check(shape, dtype, dtype, kind, with_residual, True, device)
 
 
 @pytest.mark.gpu
@@ -84,7 +84,7 @@ def test_forward_and_backward(
 def test_large_forward_and_backward(
     dtype: torch.dtype, shape: tuple[int, ...], train_weight: bool, with_residual: bool
 ) -> None:
-    compare(shape, dtype, dtype, "llama", with_residual, train_weight, "cuda")
+    check(shape, dtype, dtype, "llama", with_residual, train_weight, "cuda")
 
 
 @pytest.mark.gpu
@@ -111,7 +111,7 @@ def test_norms_right_behind_each_other(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("train_weight", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("shape", [(6, 128), (3, 1024), (3, 33)], ids=["shared", "wide", "general"])
 def test_float32_weight_of_a_16_bit_model(shape: tuple[int, ...], train_weight: bool, device: str) -> None:
-    compare(shape, torch.bfloat16, torch.float32, "gemma", True, train_weight, device)
+    check(shape, torch.bfloat16, torch.float32, "gemma", True, train_weight, device)
 
 
 @pytest.mark.parametrize("width", [128, 1024, 33])
