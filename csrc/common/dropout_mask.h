@@ -13,9 +13,21 @@
 namespace fastpeft {
 
 constexpr uint32_t kMaskLevels = 1 << 15;
-constexpr int kMaskBlock = 16;    // rows and columns of a block of the mask
-constexpr int kMaskRowCalls = 4;  // of a block: calls of the generator
-constexpr int kMaskColumnCalls = 8;
+constexpr double kMostFusedDropout = 31.0 / 32;  // the threshold is float16's infinity (cuda/device/ptx.cuh, at_least)
+constexpr int kMaskRows = 32;                    // of a block of the mask
+constexpr int kMaskRowCalls = 4;                 // of a block: calls of the generator
+constexpr int kMaskColumns = 2;                  // that share a call
+
+// Of the row calls' rows: the first of `row_call`, and the i-th behind it.
+FASTPEFT_HOST_DEVICE inline int64_t mask_row(int64_t row_call, int i) {
+  return row_call / kMaskRowCalls * kMaskRows + row_call % kMaskRowCalls * 2 + i % 2 + i / 2 * 8;
+}
+
+// The word of a call for its i-th row: the neighbouring columns' numbers in its halves.
+FASTPEFT_HOST_DEVICE inline uint32_t mask_word(const Philox4& call, int i) {
+  const uint32_t word = call.words[i % 4];
+  return i < 4 ? word : word >> 8 | word << 24;
+}
 
 // An element is kept when its random bits are not below this; 0: all are.
 inline uint32_t dropout_threshold(double p) {

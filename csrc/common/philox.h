@@ -17,12 +17,17 @@ struct Philox4 {
 
 constexpr int kPhiloxRounds = 7;
 
-// Keys of a round.
-FASTPEFT_HOST_DEVICE inline uint32_t philox_low_key(uint64_t key, uint32_t round) {
-  return static_cast<uint32_t>(key) + round * 0x9E3779B9;
-}
-FASTPEFT_HOST_DEVICE inline uint32_t philox_high_key(uint64_t key, uint32_t round) {
-  return static_cast<uint32_t>(key >> 32) + round * 0xBB67AE85;
+// The keys of all rounds: made on the host, they are constants to a kernel and take no registers.
+struct PhiloxKeys {
+  uint32_t low[kPhiloxRounds], high[kPhiloxRounds];
+};
+inline PhiloxKeys philox_keys(uint64_t key) {
+  PhiloxKeys keys;
+  for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
+    keys.low[round] = static_cast<uint32_t>(key) + round * 0x9E3779B9;
+    keys.high[round] = static_cast<uint32_t>(key >> 32) + round * 0xBB67AE85;
+  }
+  return keys;
 }
 
 FASTPEFT_HOST_DEVICE inline void philox_round(Philox4& state, uint32_t low_key, uint32_t high_key) {
@@ -32,14 +37,12 @@ FASTPEFT_HOST_DEVICE inline void philox_round(Philox4& state, uint32_t low_key, 
 }
 
 // Of a counter of two words, the upper two being zero.
-FASTPEFT_HOST_DEVICE inline Philox4 philox(uint32_t c0, uint32_t c1, uint64_t key) {
+FASTPEFT_HOST_DEVICE inline Philox4 philox(uint32_t c0, uint32_t c1, const PhiloxKeys& keys) {
   Philox4 state{{c0, c1, 0, 0}};
 #ifdef __CUDA_ARCH__
 #pragma unroll
 #endif
-  for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
-    philox_round(state, philox_low_key(key, round), philox_high_key(key, round));
-  }
+  for (int round = 0; round < kPhiloxRounds; ++round) philox_round(state, keys.low[round], keys.high[round]);
   return state;
 }
 

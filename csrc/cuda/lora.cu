@@ -29,7 +29,8 @@ void check_sizes(const char* function, int64_t m, int64_t columns, const char* n
   constexpr int64_t kMostSize = 1 << 30;
   check(m >= 0 && columns > 0 && m < kMostSize && columns < kMostSize && columns % 8 == 0, function, ": m is ", m,
         " and ", name, " is ", columns, "; needs sizes below 2^30, and ", name, " a multiple of 8");
-  check(p >= 0.0 && p < 1.0, function, ": p is ", p, "; it must be at least 0 and below 1");
+  check(p >= 0.0 && p <= kMostFusedDropout, function, ": p is ", p, "; it must be at least 0 and at most ",
+        kMostFusedDropout);
 }
 
 void check_aligned(const char* function, std::initializer_list<const void*> pointers) {

@@ -5,11 +5,10 @@
 //          blocks in equal shares, one a multiprocessor. A share's sums of a block of columns go to a workspace, and
 //          whoever comes last adds a block's parts in their order: no clusters, which would have to wait for several
 //          free multiprocessors side by side, and no second kernel.
-//          A step lies in a ring that cp.async fills. A warp takes sixteen tokens of it by 128 columns: a lane sixteen
-//          neighbouring columns of the four tokens that share calls of the mask's generator. Two tokens of a column are
-//          paired in registers; each lane's column i, of sixteen, belongs to product i, so that its sums of a row of dA
-//          are sixteen neighbours. Above rank 32 a warp takes 64 columns: a lane four and those eight further, which
-//          the same calls serve. (When two warps shared the ranks instead, each drew the mask of both.)
+//          A step lies in a ring that cp.async fills. A warp takes 32 tokens of it by 64 columns: a lane eight
+//          neighbouring columns of the eight tokens that share calls of the mask's generator, four tokens at a time.
+//          Two tokens of a column are paired in registers; each lane's column i, of eight, belongs to product i, so
+//          that its sums of a row of dA are eight neighbours.
 // Source   fragment layout: PTX ISA, mma.m16n8k16 and ldmatrix; equal shares: stream-K (arXiv 2301.03598).
 #pragma once
 
@@ -43,13 +42,13 @@ struct Problem {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kXBytes = kTokens * kColumns * 2;
+constexpr int kLaneColumns = 8, kWarpColumns = 8 * kLaneColumns;
+constexpr int kGroups = kWarps * kWarpColumns / kColumns;  // warps that take different tokens of the same columns
+static_assert(kGroups * kMaskRows == kTokens);
 constexpr int kSmem = 224 * 1024;
 
 template <int kRank>
 struct Config {
-  static constexpr int kSplit = kRank > 32 ? 2 : 1;  // of 128 columns among warps
-  static constexpr int kLaneColumns = 16 / kSplit;
-  static constexpr int kGroups = 4 / kSplit;  // warps that take different tokens of the same columns
   static constexpr int kRankTiles = kRank / 16;
   static constexpr int kFactorPitch = 2 * kRank + 16;  // of rows of dxa: ldmatrix meets no bank twice
   static constexpr int kStageBytes = kXBytes + kTokens * kFactorPitch;
@@ -61,9 +60,9 @@ struct Config {
   static_assert(kRank % 16 == 0 && kStages >= 3 && kBytes <= 227 * 1024);
 };
 
-// Byte of a tile of x. A quarter of a warp reads four rows, two pieces of 16 bytes of each.
+// Byte of a tile of x. A quarter of a warp reads every second of eight rows, two pieces of 16 bytes of each.
 __device__ inline uint32_t x_at(int token, int sixteen) {
-  return static_cast<uint32_t>(token * kColumns * 2 + ((sixteen ^ (token / 2 % 2) ^ (token & 4)) * 16));
+  return static_cast<uint32_t>(token * kColumns * 2 + ((sixteen ^ (token & 6)) * 16));
 }
 
 __device__ inline void write_rows(const Problem& p, int row, int column, const float4& v) {
@@ -80,11 +79,11 @@ __device__ inline void write_rows(const Problem& p, int row, int column, const f
 template <typename T, int kRank, bool kDropout>
 __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Problem p) {
   using C = Config<kRank>;
-  constexpr int kRankTiles = C::kRankTiles, kLaneColumns = C::kLaneColumns;
+  constexpr int kRankTiles = C::kRankTiles;
   extern __shared__ __align__(1024) uint8_t smem_raw[];
   const uint32_t ring = smem_address(smem_raw), last = ring + C::kBytes - 16;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int warp_column = warp % (2 * C::kSplit) * (128 / C::kSplit), group = warp / 2 / C::kSplit;
+  const int warp_column = warp / kGroups * kWarpColumns, group = warp % kGroups;
   const int first_step = static_cast<int>(blockIdx.x) * p.plan.share;
   const int end_step = min(first_step + p.plan.share, p.plan.column_blocks * p.plan.steps);
   wait_for_kernel_before();
@@ -129,29 +128,29 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Pr
       fetch(stage == 0 ? C::kStages - 1 : stage - 1);
       const uint32_t here = ring + stage * C::kStageBytes;
       stage = stage + 1 == C::kStages ? 0 : stage + 1;
+      [[maybe_unused]] Philox4 calls[kLaneColumns / kMaskColumns];
+      if constexpr (kDropout) {
+        const int row_call = ((step - block * p.plan.steps) * kTokens / kMaskRows + group) * kMaskRowCalls + t;
+        const int column_call = (block * kColumns + warp_column + g * kLaneColumns) / kMaskColumns;
 #pragma unroll
-      for (int some = 0; some < C::kSplit; ++some) {
-        const int token = (group * C::kSplit + some) * 16;  // of this warp's sixteen
+        for (int pair = 0; pair < kLaneColumns / kMaskColumns; ++pair) {
+          calls[pair] = philox(static_cast<uint32_t>(column_call + pair), static_cast<uint32_t>(row_call), p.mask.keys);
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int token = group * kMaskRows + half * 16;  // the first of sixteen
         uint32_t x[4][kLaneColumns / 2];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int row = token + 2 * t + i % 2 + i / 2 * 8;
+          const uint4 v = load_shared(here + x_at(token + 2 * t + i % 2 + i / 2 * 8, warp_column / 8 + g));
+          x[i][0] = v.x, x[i][1] = v.y, x[i][2] = v.z, x[i][3] = v.w;
+          if constexpr (kDropout) {
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            if constexpr (C::kSplit == 1) {
-              const uint4 v = load_shared(here + x_at(row, warp_column / 8 + 2 * g + half));
-              x[i][4 * half] = v.x, x[i][4 * half + 1] = v.y, x[i][4 * half + 2] = v.z, x[i][4 * half + 3] = v.w;
-            } else {
-              const uint2 v = load_shared_8(here + x_at(row, warp_column / 8 + g / 2 * 2 + half) + g % 2 * 8);
-              x[i][2 * half] = v.x, x[i][2 * half + 1] = v.y;
+            for (int pair = 0; pair < kLaneColumns / 2; ++pair) {
+              x[i][pair] &= at_least(mask_word(calls[pair], half * 4 + i), p.mask.threshold_twice);
             }
           }
-        }
-        if constexpr (kDropout) {
-          const int row_call = ((step - block * p.plan.steps) * kTokens + token) / kMaskBlock * kMaskRowCalls + t;
-          const int column_call =
-              (block * kColumns + warp_column) / kMaskBlock * kMaskColumnCalls + g * (kMaskColumnCalls / C::kSplit);
-          drop_columns(x, static_cast<uint32_t>(row_call), static_cast<uint32_t>(column_call), p.mask);
         }
         uint32_t a[kRankTiles][4];
 #pragma unroll
@@ -172,8 +171,7 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Pr
 
     wait_async<0>();
     __syncthreads();
-    // Sums [group][rank][column]: of a row this lane has columns 32t to 32t + 15, and the sixteen after them; or of
-    // those from 16t four, the four after them, and both eight further.
+    // Sums [group][rank][column]: of a row this lane has columns 16t to 16t + 7, and the eight after them.
 #pragma unroll
     for (int j = 0; j < kRankTiles; ++j) {
 #pragma unroll
@@ -182,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Pr
         for (int b = 0; b < 2; ++b) {
 #pragma unroll
           for (int i = 0; i < kLaneColumns; i += 4) {
-            const int column = warp_column + (C::kSplit == 1 ? 16 * (2 * t + b) + i : 16 * t + 4 * b + 2 * i);
+            const int column = warp_column + kLaneColumns * (2 * t + b) + i;
             store_shared(ring + ((group * kRank + j * 16 + g + 8 * h) * C::kSumPitch + column) * 4,
                          {__float_as_uint(acc[j][i][2 * h + b]), __float_as_uint(acc[j][i + 1][2 * h + b]),
                           __float_as_uint(acc[j][i + 2][2 * h + b]), __float_as_uint(acc[j][i + 3][2 * h + b])});
@@ -200,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Pr
       const int row = i / (kColumns / 4), column = i % (kColumns / 4) * 4;
       float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-      for (int other = 0; other < C::kGroups; ++other) {
+      for (int other = 0; other < kGroups; ++other) {
         const uint4 bits = load_shared(ring + ((other * kRank + row) * C::kSumPitch + column) * 4);
         sum.x += __uint_as_float(bits.x), sum.y += __uint_as_float(bits.y);
         sum.z += __uint_as_float(bits.z), sum.w += __uint_as_float(bits.w);

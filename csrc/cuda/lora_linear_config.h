@@ -9,6 +9,7 @@
 #include <numeric>
 #include <string>
 
+#include "common/dropout_mask.h"
 #include "common/error.h"
 #include "cuda/lora_plan.h"
 #include "cuda/nf4_linear_config.h"
@@ -57,6 +58,7 @@ inline LoraLinearPlan lora_linear_plan(const LoraLinearSizes& s, const DeviceLim
   };
   if (s.count < 1 || s.count > kMostAdapters) return composed(concat(s.count, " adapters, not 1 to ", kMostAdapters));
   if (s.m < kLeastFusedTokens) return composed(concat("m is ", s.m, ", below ", kLeastFusedTokens));
+  if (s.p > kMostFusedDropout) return composed(concat("dropout ", s.p, " is above ", kMostFusedDropout));
   LoraLinearPlan plan;
   int64_t rank = 0;
   bool beside = s.aligned_factors && s.m >= nf4_tiles::kLeastBesideTokens && s.m <= nf4_tiles::kMostBesideTokens;

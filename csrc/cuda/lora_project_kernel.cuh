@@ -4,7 +4,7 @@
 // Layout   x, A16, xa: T, row-major; k % 8 == 0, r % 8 == 0, rows at 16-byte boundaries
 // Plan     A warp owns 32 tokens, a thread block 256; x and A16 go by cp.async into a ring. As tokens and the order of
 //          the depth may be dealt out freely, a lane takes of a chunk sixteen neighbouring elements of the four tokens
-//          that share calls of the mask's generator: eight calls for 64 elements.
+//          that share calls of the mask's generator: four calls for 64 elements, and four of another lane's.
 //          x is asked for before the kernel before has ended: that one copies A16 (lora_cast.cuh) and has itself waited
 //          for what made x.
 // Source   fragment layout: PTX ISA, mma.m16n8k16.
@@ -152,9 +152,10 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Pr
         }
       }
       if constexpr (kDropout) {
-        const int row_call = (tile * kTokens + warp * 32) / kMaskBlock * kMaskRowCalls + g;
-        const int column_call = (chunk * kChunk / kMaskBlock + t) * kMaskColumnCalls;
-        drop_columns(x, static_cast<uint32_t>(row_call), static_cast<uint32_t>(column_call), p.mask);
+        const int row_call = (tile * kTokens + warp * 32) / kMaskRows * kMaskRowCalls + g % 4;
+        const int column_call = (chunk * kChunk + 16 * t) / kMaskColumns;
+        const SharedDraw<8> draw(static_cast<uint32_t>(row_call), static_cast<uint32_t>(column_call), p.mask);
+        draw.drop(x, p.mask);
       }
       multiply_chunk<T, kTiles>(x, here + C::kXBytes, acc);
     }

@@ -12,6 +12,7 @@
 #include <cuda.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/device/dropout.cuh"
 #include "cuda/device/hopper.cuh"
@@ -73,6 +74,13 @@ __device__ inline void multiply_half(const uint32_t (&x)[4][4], uint32_t a16, in
   }
 }
 
+struct NoDraw {
+  __device__ NoDraw(uint32_t, uint32_t, const Mask&, bool = false) {}
+};
+
+template <int kPairs, bool kDropout>
+using Draw = std::conditional_t<kDropout, SharedDraw<kPairs>, NoDraw>;
+
 template <typename T, int kTiles, bool kDropout>
 __global__ void __launch_bounds__(TmaConfig<kTiles>::kTmaThreads, 1)
     tma_kernel(const __grid_constant__ CUtensorMap map_x, const __grid_constant__ CUtensorMap map_a,
@@ -122,14 +130,16 @@ __global__ void __launch_bounds__(TmaConfig<kTiles>::kTmaThreads, 1)
     float acc[2][kTiles][4] = {};
     for (int chunk = (before + set) % C::kSets; chunk < chunks; chunk += C::kSets) {
       const int n = before + chunk, stage = n % C::kStages;
-      barrier_wait(smem + C::full + 8 * stage, n / C::kStages % 2);
       const uint32_t here = smem + stage * C::kStageBytes;
       const Lane l;
       // Where x[0] lies. Its neighbour lies elsewhere in bits 4 and 7, the other half of either in bit 4.
       const uint32_t first = here + a_at(l.token(0), 2 * l.t);
-      const int row_call = (tile * kTokens + l.warp_token) / kMaskBlock * kMaskRowCalls + l.g;
-      const int column_call = ((first_chunk + chunk) * kChunk / kMaskBlock + l.t) * kMaskColumnCalls;
+      const auto row_call =
+          static_cast<uint32_t>((tile * kTokens + l.warp_token) / kMaskRows * kMaskRowCalls + l.g % 4);
+      const auto column_call = static_cast<uint32_t>(((first_chunk + chunk) * kChunk + 16 * l.t) / kMaskColumns);
       if constexpr (C::kPasses == 1) {
+        const Draw<8, kDropout> draw(row_call, column_call, p.mask, l.g % 2 != 0);
+        barrier_wait(smem + C::full + 8 * stage, n / C::kStages % 2);
         uint32_t x[4][8];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -140,15 +150,15 @@ __global__ void __launch_bounds__(TmaConfig<kTiles>::kTmaThreads, 1)
             x[i][4 * half] = v.x, x[i][4 * half + 1] = v.y, x[i][4 * half + 2] = v.z, x[i][4 * half + 3] = v.w;
           }
         }
-        if constexpr (kDropout) {
-          drop_columns(x, static_cast<uint32_t>(row_call), static_cast<uint32_t>(column_call), p.mask, l.g % 2 != 0);
-        }
+        if constexpr (kDropout) draw.drop(x, p.mask);
         multiply_chunk<T, kTiles>(x, here + C::kXBytes, acc);
       } else {
         // Every second four columns. Which come first depends on t, so that half a warp meets no bank twice.
+        barrier_wait(smem + C::full + 8 * stage, n / C::kStages % 2);
 #pragma unroll 1
         for (int pass = 0; pass < C::kPasses; ++pass) {
           const int which = (pass ^ l.t ^ l.t / 2) % 2;
+          const Draw<4, kDropout> draw(row_call, column_call + 2 * which, p.mask, l.g % 2 != 0);
           uint32_t x[4][4];
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
@@ -159,10 +169,7 @@ __global__ void __launch_bounds__(TmaConfig<kTiles>::kTmaThreads, 1)
               x[i][2 * half] = v.x, x[i][2 * half + 1] = v.y;
             }
           }
-          if constexpr (kDropout) {
-            drop_columns(x, static_cast<uint32_t>(row_call), static_cast<uint32_t>(column_call + 4 * which), p.mask,
-                         l.g % 2 != 0);
-          }
+          if constexpr (kDropout) draw.drop(x, p.mask);
           multiply_half<T, kTiles>(x, here + C::kXBytes + which * 8, l.g, l.t, acc);
         }
       }

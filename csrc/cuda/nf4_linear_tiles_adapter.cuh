@@ -9,8 +9,8 @@
 //          there at the end of every item. Pieces come last, so that what comes before need not wait for xa; where xa
 //          is still being made they come behind the item's last chunk. With dropout a piece's products are made a few
 //          at a time and added where the mask keeps them. The mask's bits are drawn while the tensor cores are at work
-//          on the base: a quarter of a call of the generator every step, half where there are few steps, whose eight
-//          elements are eight of the thread's own sums (fastpeft/dropout.h).
+//          on the base: a quarter of a call of the generator every step, half where there are few steps
+//          (fastpeft/dropout.h).
 #pragma once
 
 #include <cuda.h>
@@ -34,9 +34,8 @@ struct Adapter {
   int r, factor_rank;   // r: a multiple of 8
   float scale;          // of the factor
   Mask mask;
-  uint32_t low_keys[kPhiloxRounds], high_keys[kPhiloxRounds];  // of its generator, made on the host
-  bool add_to_y;                                               // y += instead of y =
-  bool early;  // the kernel before makes xa and nothing else that is read here, and may still be running
+  bool add_to_y;  // y += instead of y =
+  bool early;     // the kernel before makes xa and nothing else that is read here, and may still be running
   // With `early`: of each kReadyTokens tokens, how often the kernel before has written to xa; `writers`: how often it
   // does; null: xa is whole when that kernel has ended. Behind them a counter of thread blocks that are done.
   unsigned* ready;
@@ -92,11 +91,12 @@ __device__ inline void load_factor(const Adapter& adapter, int out, int first_ro
 
 // Bits of one thread's share of the mask of a tile of kTokens tokens.
 //
-// Lane 4g + t holds rows g and g + 8 of its warp's 16 and tokens 8j + 2t (+ 1): of every 16 tokens the eight elements
-// of one call. A word holds four calls' bits, those of the even tokens in its lower half.
+// Lane 4g + t holds rows g and g + 8 of its warp's 16 and tokens 8j + 2t (+ 1). A call serves two neighbouring rows, by
+// those tokens of 32: of two such lanes one draws for rows g and g + 1, the other for those eight further, and in the
+// end they exchange what is the other's. A word holds two calls' bits, four of every 16 tokens, in either half.
 template <int kTokens>
 struct MaskBits {
-  static constexpr int kCalls = kTokens / kMaskBlock;
+  static constexpr int kCalls = kTokens / kMaskRows;
   static constexpr int kWords = kTokens / 64;
   static constexpr int kQuarters = 4;  // of a call
 
@@ -107,8 +107,8 @@ struct MaskBits {
 
   // Starts on a tile: its first token, and the first of the warp's 16 columns.
   __device__ void start(int token, int column, int lane) {
-    row_call = static_cast<uint32_t>(token / kMaskBlock * kMaskRowCalls + lane % 4);
-    column_call = static_cast<uint32_t>(column / kMaskBlock * kMaskColumnCalls + lane / 4);
+    row_call = static_cast<uint32_t>(token / kMaskRows * kMaskRowCalls + lane % 4);
+    column_call = static_cast<uint32_t>((column + lane / 8 * 2 + lane / 4 % 2 * 8) / kMaskColumns);
     calls = 0;
 #pragma unroll
     for (int i = 0; i < kWords; ++i) words[i] = 0;
@@ -122,23 +122,32 @@ struct MaskBits {
     }
 #pragma unroll
     for (int round = 0; round < kPhiloxRounds; ++round) {
-      if (round / 2 == quarter) philox_round(call, adapter.low_keys[round], adapter.high_keys[round]);
+      if (round / 2 == quarter) philox_round(call, adapter.mask.keys.low[round], adapter.mask.keys.high[round]);
     }
     if (quarter == kQuarters - 1) {
-      if (calls % 4 == 0) {
+      if (calls % 2 == 0) {
 #pragma unroll
         for (int i = 0; i + 1 < kWords; ++i) words[i] = words[i + 1];
       }
       uint32_t& word = words[kWords - 1];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {  // a new top bit for either half
+      for (int i = 0; i < 8; ++i) {  // a new top bit for either half
         constexpr uint32_t kTops = 0x80008000u;
-        word = (word >> 1 & ~kTops) | (kept_halves(call.words[i], adapter.mask.threshold_twice) & kTops);
+        word = (word >> 1 & ~kTops) | (kept_halves(mask_word(call, i), adapter.mask.threshold_twice) & kTops);
       }
-      ++calls;
+      if (++calls == kCalls) exchange();
     }
   }
   static_assert(kPhiloxRounds <= 2 * kQuarters);
+
+  // Each keeps its own row of the two it has drawn for, and takes it of the other's: row g in the lower halves.
+  __device__ void exchange() {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const uint32_t other = __shfl_xor_sync(0xffffffff, words[i], 4);
+      words[i] = permute_bytes(words[i], other, threadIdx.x & 4 ? 0x3276 : 0x5410);
+    }
+  }
 
   // Unrolled: as a loop it has the compiler spill registers.
   __device__ void draw_all(const Adapter& adapter) {
@@ -153,7 +162,7 @@ struct MaskBits {
   // Of accumulator d[i]; i is known when this is compiled. The bit in question alone.
   __device__ uint32_t keeps(int i) const {
     const int j = i / 8, token_half = i / 4 % 2, row_half = i / 2 % 2, odd = i % 2;
-    return words[j / 4] & (1u << (j % 4 * 4 + row_half * 2 + token_half + 16 * odd));
+    return words[j / 4] & (1u << (j % 4 * 4 + token_half * 2 + odd + 16 * row_half));
   }
 };
 

@@ -22,10 +22,6 @@ typename C::AdapterOrNone adapter_of([[maybe_unused]] const NF4LinearArgs& args,
     adapter.factor = from.factor, adapter.factor_rank = static_cast<int>(from.factor_rank);
     adapter.scale = static_cast<float>(from.scale);
     adapter.mask = make_mask(kBackward ? from.p : 0.0, from.seed);
-    for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
-      adapter.low_keys[round] = philox_low_key(adapter.mask.seed, round);
-      adapter.high_keys[round] = philox_high_key(adapter.mask.seed, round);
-    }
     adapter.add_to_y = from.add_to_y;
     adapter.early = from.early || plan.beside_blocks > 0;
     adapter.ready = plan.makes ? args.counters + product_counters(plan) : nullptr;

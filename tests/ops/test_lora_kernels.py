@@ -73,6 +73,7 @@ def test_nf4_bases_on_hopper_are_fused(changed: dict[str, object], reason: str) 
         ({"n": (64,) * 5, "r": (8,) * 5}, "5 adapters, not 1 to 4"),
         ({"r": (257,)}, "an adapter of rank 264"),
         ({"dtype": torch.float32}, "x is not of a 16-bit type"),
+        ({"p": 0.97}, "dropout 0.97 is above 0.96875"),
         ({"k": 4000}, "an adapter, k is 4000, no multiple of 64"),
         ({"n": (4096, 100), "r": (8, 8)}, "an adapter, n is 100, no multiple of 8"),
         ({"block_size": 32}, "an adapter, block size 32, below 64"),

@@ -148,6 +148,17 @@ __device__ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t select
   return v;
 }
 
+// PTX ISA 9.7.6 (set, half precision; abs): all bits of a half of `a` whose lower 15 are at least those of the same
+// half of `b`, which is at most 0x7C00; else none. They are compared as float16: positive ones are in the order of
+// their bits, and what is behind infinity compares as unordered, hence `geu`.
+__device__ inline uint32_t at_least(uint32_t a, uint32_t b) {
+  uint32_t v;
+  asm("{ .reg .b32 magnitude; abs.f16x2 magnitude, %1; set.geu.u32.f16x2 %0, magnitude, %2; }"
+      : "=r"(v)
+      : "r"(a), "r"(b));
+  return v;
+}
+
 // PTX ISA 9.7.14.5.15 (ldmatrix): four 8 x 8 matrices of 16-bit values; lane i gives the shared address of row i % 8 of
 // matrix i / 8. Lane (g, t) = (lane / 4, lane % 4) gets of each matrix row g at columns 2t and 2t + 1, or, transposed,
 // rows 2t and 2t + 1 at column g. No memory clobber, so that stores to other tiles may pass: only a barrier orders it.
