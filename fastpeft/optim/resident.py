@@ -1,0 +1,73 @@
+"""State that lies beside its parameters: ordinary tensors, where the optimizer's ``state`` shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastpeft.ops.adamw import AdamWList
+from fastpeft.optim.base import AdamWBase
+from fastpeft.optim.formats import Moments, Saved, blocks
+from fastpeft.optim.parameter import Entry
+from fastpeft.optim.plan import Batch, Plan
+
+_FLOAT32 = ("exp_avg", "exp_avg_sq")
+_EIGHT_BIT = ("state1", "state2", "absmax1", "absmax2")
+
+
+class ResidentState(AdamWBase):
+    """Keeps moments as tensors on the parameter's device, in float32 or in 8 bits, parameter by parameter."""
+
+    _min_8bit_size: int | None = None  # elements from which on a parameter has 8-bit state; None for never
+
+    def _eight_bit(self, entry: Entry) -> bool:
+        return self._min_8bit_size is not None and entry.shape.numel() >= self._min_8bit_size
+
+    def _create_state(self, entries: Sequence[Entry]) -> None:
+        # One tensor of all step counts: hundreds of scalars by themselves would be hundreds of allocations.
+        steps = torch.zeros(len(entries), dtype=torch.float32, device=entries[0].device)
+        for entry, step in zip(entries, steps.unbind(), strict=True):
+            self.state[entry.param] = {"step": step, **self._zeros(entry)}
+
+    def _zeros(self, entry: Entry) -> dict[str, Tensor]:
+        if self._eight_bit(entry):
+            dtypes = (torch.uint8, torch.uint8, torch.float32, torch.float32)
+            scales = torch.Size([blocks(entry.shape.numel())])
+            shapes, keys = (entry.shape, entry.shape, scales, scales), _EIGHT_BIT
+        else:
+            dtypes, shapes, keys = (torch.float32,) * 2, (entry.shape,) * 2, _FLOAT32
+        made = zip(keys, shapes, dtypes, strict=True)
+        return {key: torch.zeros(shape, dtype=dtype, device=entry.device) for key, shape, dtype in made}
+
+    def _moments(self, entry: Entry) -> Moments:
+        state = self.state[entry.param]
+        keys = _EIGHT_BIT if "absmax1" in state else _FLOAT32
+        return Moments(*(state[key].view(-1) for key in keys))
+
+    def _load_state(self, entry: Entry, saved: Saved) -> None:
+        moments = saved.as_eight_bit() if self._eight_bit(entry) else saved.as_float32()
+        for target, source in zip(self._moments(entry).tensors, moments.tensors, strict=True):
+            target.copy_(source)
+
+    def _batches(self, plan: Plan) -> list[Batch]:
+        places: dict[tuple[object, ...], list[int]] = {}
+        for place, (entry, dtype) in enumerate(zip(plan.entries, plan.dtypes, strict=True)):
+            key = (entry.group, entry.device, entry.dtype, dtype, self._moments(entry).eight_bit)
+            places.setdefault(key, []).append(place)
+        return [self._batch([plan.entries[place] for place in members], members) for members in places.values()]
+
+    def _batch(self, entries: Sequence[Entry], members: list[int]) -> Batch:
+        moments = [self._moments(entry) for entry in entries]
+        eight_bit = moments[0].eight_bit
+        rows = AdamWList(
+            [entry.local.detach() for entry in entries],
+            [self.state[entry.param]["step"] for entry in entries],
+            [of_one.exp_avg for of_one in moments],
+            [of_one.exp_avg_sq for of_one in moments],
+            [of_one.absmax for of_one in moments if of_one.absmax is not None] if eight_bit else None,
+            [of_one.absmax_sq for of_one in moments if of_one.absmax_sq is not None] if eight_bit else None,
+            numbers=[entry.number for entry in entries],
+        )
+        return Batch(entries[0].group, entries[0].device, rows, members)
