@@ -21,8 +21,6 @@ from fastpeft.optim.options import check_arguments, check_group, rate
 from fastpeft.optim.parameter import Entry, make_entry
 from fastpeft.optim.plan import Batch, Plan, draft
 
-_OWN = ("max_grad_norm", "stochastic_rounding", "seed")  # options of the optimizer that are no group's
-
 
 class AdamWBase(torch.optim.Optimizer):
     """AdamW over lists of tensors; a subclass says how a parameter's moments are kept.
@@ -39,6 +37,7 @@ class AdamWBase(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler gives grad_scale and found_inf instead of unscaling
     _bitsandbytes_names = False  # of the state in state dicts
+    _own_options: tuple[str, ...] = ("max_grad_norm", "stochastic_rounding", "seed")  # that are no group's
 
     def __init__(
         self,
@@ -101,9 +100,7 @@ class AdamWBase(torch.optim.Optimizer):
         try:
             check_group(self._name, group, index)
             first = len(self._entries)
-            made = [
-                make_entry(self._name, group, index, place, first + place) for place in range(len(group["params"]))
-            ]
+            made = [make_entry(self._name, group, index, place, first + place) for place in range(len(group["params"]))]
             if self.max_grad_norm is not None:
                 _check_norm(self._name, [*self._entries, *made])
         except ValueError:
@@ -278,7 +275,7 @@ class AdamWBase(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled and copied: options and state, not the lists made of them."""
         state: dict[str, Any] = super().__getstate__()
-        return {**state, **{name: getattr(self, name) for name in _OWN}}
+        return {**state, **{name: self.__dict__[name] for name in self._own_options if name in self.__dict__}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Go on from a copy."""

@@ -188,7 +188,9 @@ def write(step: Tensor, moments: Moments, shape: torch.Size, bitsandbytes: bool)
     # bitsandbytes casts a step that is a tensor to the parameter's dtype; bfloat16 loses odd numbers above 256.
     entry: dict[str, Any] = {"step": int(step), "state1": exp_avg, "state2": exp_avg_sq}
     if moments.absmax is not None:
-        maps = {f"qmap{1 + index}": dynamic_map(signed).to(exp_avg.device) for index, signed in enumerate((True, False))}
+        maps = {
+            f"qmap{1 + index}": dynamic_map(signed).to(exp_avg.device) for index, signed in enumerate((True, False))
+        }
         entry |= {"absmax1": moments.absmax, "absmax2": moments.absmax_sq, **maps}
     return entry
 

@@ -10,9 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Arguments of torch.optim.AdamW that are taken and change nothing: what they choose between is one kernel here.
-_WITHOUT_EFFECT = ("foreach", "fused", "capturable")
-
 
 def check_arguments(optimizer: str, amsgrad: bool, differentiable: bool, max_grad_norm: float | None) -> None:
     """Refuse arguments that this family does not do.
@@ -68,6 +65,17 @@ def check_group(optimizer: str, group: Mapping[str, Any], index: int | None = No
         raise ValueError(f"{optimizer}: betas{where} are {tuple(betas)}; both must be at least 0 and below 1")
     if group.get("amsgrad"):
         raise ValueError(f"{optimizer}: amsgrad{where} is True; the maximum of second moments is not kept here")
+
+
+def check_bytes(optimizer: str, **values: int | None) -> None:
+    """Refuse amounts of memory that are none.
+
+    Raises:
+        ValueError: one is negative or no number.
+    """
+    for name, value in values.items():
+        if value is not None and not (_is_number(value) and value >= 0):
+            raise ValueError(f"{optimizer}: {name} is {value}; it must be a number of bytes, 0 or more")
 
 
 def rate(group: Mapping[str, Any], device: torch.device) -> float | Tensor:

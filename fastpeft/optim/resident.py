@@ -20,7 +20,16 @@ _EIGHT_BIT = ("state1", "state2", "absmax1", "absmax2")
 class ResidentState(AdamWBase):
     """Keeps moments as tensors on the parameter's device, in float32 or in 8 bits, parameter by parameter."""
 
+    _own_options = (*AdamWBase._own_options, "_min_8bit_size")
     _min_8bit_size: int | None = None  # elements from which on a parameter has 8-bit state; None for never
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of state by place, ``{"device": ..., "host": ...}``; the device's are those on a GPU."""
+        total = {"device": 0, "host": 0}
+        for state in self.state.values():
+            for tensor in state.values():
+                total["device" if tensor.is_cuda else "host"] += tensor.nbytes
+        return total
 
     def _eight_bit(self, entry: Entry) -> bool:
         return self._min_8bit_size is not None and entry.shape.numel() >= self._min_8bit_size

@@ -176,9 +176,7 @@ class BaseConfig(TrainingArguments):
         default = _OPTIMIZERS["adamw"]
         self.optim = _OPTIMIZERS.get(self.optimizer, optim or default)
         if self.optim_device_budget_gb is not None and not self.optimizer.startswith("paged"):
-            self._refuse(
-                "optim_device_budget_gb", f"it is for paged optimizers, and optimizer is {self.optimizer!r}"
-            )
+            self._refuse("optim_device_budget_gb", f"it is for paged optimizers, and optimizer is {self.optimizer!r}")
 
     def _check_ranges(self) -> None:
         for name, (words, holds) in _RULES.items():

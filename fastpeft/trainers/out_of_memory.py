@@ -70,14 +70,18 @@ class StepAgain:
                 hint = 'or hold the optimizer\'s state in host memory: optimizer: "paged_adamw_8bit"'
                 raise UserError(f"the GPU's memory ran out ({told}); {_ADVICE}, {hint}") from error
             if self.processes > 1:
-                raise UserError(f"the GPU's memory ran out ({told}); {_ADVICE}, or lower optim_device_budget_gb") from error
+                raise UserError(
+                    f"the GPU's memory ran out ({told}); {_ADVICE}, or lower optim_device_budget_gb"
+                ) from error
         else:
             if evict is not None:
                 self._done.append(micro_batch)
             return loss
         return self._again(micro_batch, model, evict, told)
 
-    def _again(self, micro_batch: Callable[[], Tensor], model: nn.Module, evict: Callable[[], int], told: str) -> Tensor:
+    def _again(
+        self, micro_batch: Callable[[], Tensor], model: nn.Module, evict: Callable[[], int], told: str
+    ) -> Tensor:
         model.zero_grad(set_to_none=True)
         moved = evict()
         if torch.cuda.is_available():
