@@ -29,7 +29,8 @@ void dropout(const DropoutArgs&, const Context&) { refuse("dropout"); }
 void lora_project(const LoraProjectArgs&, const Context&) { refuse("lora_project"); }
 void lora_backward(const LoraBackwardArgs&, const Context&) { refuse("lora_backward"); }
 void lora_gradient(const LoraGradientArgs&, const Context&) { refuse("lora_gradient"); }
-void adamw(const AdamWArgs&, const Context&) { refuse("adamw"); }
+void adamw_norm(const AdamWNormArgs&, const Context&) { refuse("adamw_norm"); }
+void adamw_step(const AdamWStepArgs&, const Context&) { refuse("adamw"); }
 void rms_norm(const RmsNormArgs&, const Context&) { refuse("rms_norm"); }
 void rms_norm_backward(const RmsNormBackwardArgs&, const Context&) { refuse("rms_norm"); }
 void rope(const RopeArgs&, const Context&) { refuse("rope"); }

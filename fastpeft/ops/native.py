@@ -6,6 +6,7 @@ threads as torch uses (CPU). Reading the raw stream costs 0.3 us where ``torch.c
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
@@ -47,6 +48,32 @@ def nf4_levels() -> list[float]:
     """The sixteen NF4 levels, by code."""
     levels: list[float] = _C.nf4_levels()
     return levels
+
+
+def dynamic_map(signed: bool) -> list[float]:
+    """The 256 values of an 8-bit dynamic map, by code, ascending."""
+    values: list[float] = _C.dynamic_map(signed)
+    return values
+
+
+ADAMW_SUMS: int = _C.ADAMW_SUMS  # float32 words that the norm of gradients works in
+
+
+def adamw_list(*arguments: Any) -> Any:
+    """Tensors that AdamW steps together, as the native core knows them (csrc/include/fastpeft/adamw.h)."""
+    return _C.AdamWList(*arguments)
+
+
+def arena(nbytes: int, mode: str | None, slot_bytes: int) -> Any:
+    """Pages of device or host memory on the current device (csrc/include/fastpeft/arena.h)."""
+    return _C.Arena(nbytes, mode or "", slot_bytes)
+
+
+def host_bytes(address: int, nbytes: int, owner: object) -> Tensor:
+    """Host memory of the native core as a uint8 tensor that keeps its owner alive."""
+    buffer = (ctypes.c_ubyte * nbytes).from_address(address)
+    buffer.owner = owner  # type: ignore[attr-defined]
+    return torch.frombuffer(buffer, dtype=torch.uint8)
 
 
 class LinearPlan(NamedTuple):
