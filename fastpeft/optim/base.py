@@ -249,8 +249,8 @@ class AdamWBase(torch.optim.Optimizer):
             self.state[entry.param]["step"].fill_(of_entry.step)
         self.param_groups = groups
         self._plan = None
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def _read_groups(self, saved: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if len(saved) != len(self.param_groups):

@@ -43,6 +43,7 @@ class Moments:
 
     @property
     def eight_bit(self) -> bool:
+        """Whether they are codes."""
         return self.absmax is not None
 
     @property

@@ -42,6 +42,7 @@ class Entry:
 
     @property
     def distributed(self) -> bool:
+        """Whether this process has a part of it alone."""
         return self.local is not self.param
 
     @property

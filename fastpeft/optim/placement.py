@@ -6,11 +6,11 @@ The state of a device's parameters fills an arena, one parameter after the other
     | a | b | c c c c|c c c c c c c c |c c | d | e e e |e e  |
     near: the first cells             ^ far: the others
 
-A parameter that does not fit what is left of a cell goes on in the next: each cell holds a piece of it, which is stepped
-by itself. In a piece its first moments, its second moments and, with 8-bit state, the scales of either follow each
-other, so that a cell is one range of bytes and a transfer each way moves it. Pieces begin at multiples of 256 elements
-of their parameter, where blocks of 8-bit state do. What is near can be given in one number, and changing it moves whole
-cells.
+A parameter that does not fit what is left of a cell goes on in the next: each cell holds a piece of it, which is
+stepped by itself. In a piece its first moments, its second moments and, with 8-bit state, the scales of either follow
+each other, so that a cell is one range of bytes and a transfer each way moves it. Pieces begin at multiples of 256
+elements of their parameter, where blocks of 8-bit state do. What is near can be given in one number, and changing it
+moves whole cells.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ class Layout:
 
     @property
     def cells(self) -> int:
+        """How many there are."""
         return -(-self.nbytes // self.cell_bytes)
 
     def near_bytes(self, cells: int) -> int:

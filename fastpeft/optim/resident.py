@@ -41,14 +41,13 @@ class ResidentState(AdamWBase):
             self.state[entry.param] = {"step": step, **self._zeros(entry)}
 
     def _zeros(self, entry: Entry) -> dict[str, Tensor]:
+        numel, shape = entry.shape.numel(), entry.shape
+        kinds: list[tuple[str, torch.Size, torch.dtype]] = [(key, shape, torch.float32) for key in _FLOAT32]
         if self._eight_bit(entry):
-            dtypes = (torch.uint8, torch.uint8, torch.float32, torch.float32)
-            scales = torch.Size([blocks(entry.shape.numel())])
-            shapes, keys = (entry.shape, entry.shape, scales, scales), _EIGHT_BIT
-        else:
-            dtypes, shapes, keys = (torch.float32,) * 2, (entry.shape,) * 2, _FLOAT32
-        made = zip(keys, shapes, dtypes, strict=True)
-        return {key: torch.zeros(shape, dtype=dtype, device=entry.device) for key, shape, dtype in made}
+            scales = torch.Size([blocks(numel)])
+            kinds = [(key, shape, torch.uint8) for key in _EIGHT_BIT[:2]]
+            kinds += [(key, scales, torch.float32) for key in _EIGHT_BIT[2:]]
+        return {key: torch.zeros(size, dtype=dtype, device=entry.device) for key, size, dtype in kinds}
 
     def _moments(self, entry: Entry) -> Moments:
         state = self.state[entry.param]

@@ -36,6 +36,7 @@ class Store:
 
     @property
     def near_bytes(self) -> int:
+        """Bytes that are on the device."""
         return self.layout.near_bytes(self.near_cells)
 
     @property

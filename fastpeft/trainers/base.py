@@ -412,7 +412,7 @@ class BaseTrainer(Trainer):
 
 def _optimizer(args: BaseConfig) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
     """The optimizer that the options name, with its arguments; None for one of transformers' own."""
-    if args.optimizer == "torch":
+    if args.optimizer not in _OPTIMIZERS:
         return None
     betas = (args.adam_beta1, args.adam_beta2)
     options: dict[str, Any] = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}

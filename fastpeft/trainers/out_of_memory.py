@@ -24,8 +24,8 @@ from fastpeft.trainers.state import capture_rng, restore_rng
 logger = logging.getLogger(__name__)
 
 _ADVICE = (
-    "lower per_device_train_batch_size and raise gradient_accumulation_steps (same loss), lower the length of the rows, "
-    "switch gradient_checkpointing on"
+    "lower per_device_train_batch_size and raise gradient_accumulation_steps (same loss), take shorter rows, switch "
+    "gradient_checkpointing on"
 )
 
 
@@ -66,13 +66,9 @@ class StepAgain:
             loss = micro_batch()
         except torch.OutOfMemoryError as error:
             told = _first_sentence(error)  # the error itself holds on to the activations
-            if evict is None:
-                hint = 'or hold the optimizer\'s state in host memory: optimizer: "paged_adamw_8bit"'
-                raise UserError(f"the GPU's memory ran out ({told}); {_ADVICE}, {hint}") from error
-            if self.processes > 1:
-                raise UserError(
-                    f"the GPU's memory ran out ({told}); {_ADVICE}, or lower optim_device_budget_gb"
-                ) from error
+            if evict is None or self.processes > 1:
+                hint = "optim_device_budget_gb: 0" if evict else "optimizer: paged_adamw_8bit"
+                raise UserError(f"the GPU's memory ran out ({told}); {_ADVICE}, or set {hint}") from error
         else:
             if evict is not None:
                 self._done.append(micro_batch)
