@@ -134,8 +134,49 @@ class AdamWList:
         """
         if not self.params:
             return
+        _check_grads(grads, self.params)
+        self.step_at(
+            [grad.data_ptr() for grad in grads],
+            grads[0].dtype,
+            control,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            maximize=maximize,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
+        )
+
+    def step_at(
+        self,
+        grads: Sequence[int],
+        grad_dtype: torch.dtype,
+        control: AdamWControl,
+        *,
+        lr: float | Tensor,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        maximize: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+    ) -> None:
+        """`step` for a caller that has checked the gradients: looking at hundreds of tensors is most of its time.
+
+        Args:
+            grads: for each row the address of its whole parameter's gradient.
+            grad_dtype: their dtype.
+            control: as for `step`.
+            lr: as for `step`.
+            betas: as for `step`.
+            eps: as for `step`.
+            weight_decay: as for `step`.
+            maximize: as for `step`.
+            stochastic_rounding: as for `step`.
+            seed: as for `step`.
+        """
         where = self.params[0]
-        dtype = _check_grads(grads, self.params)
         on_device = isinstance(lr, Tensor) and lr.device == where.device
         if on_device and (lr.dtype != torch.float32 or lr.numel() != 1):  # type: ignore[union-attr]
             raise ValueError("adamw: lr on the device must be one float32")
@@ -143,8 +184,8 @@ class AdamWList:
             "adamw_step",
             where,
             self._native,
-            [grad.data_ptr() for grad in grads],
-            dtype,
+            grads,
+            native.dtype_number("adamw", grad_dtype),
             control.tensor.data_ptr(),
             0.0 if on_device and where.is_cuda else float(lr),
             lr.data_ptr() if on_device and where.is_cuda else 0,  # type: ignore[union-attr]
@@ -216,12 +257,44 @@ def adamw_gradient_norm(
                 )
             if grad.device != control.tensor.device:
                 raise ValueError(f"adamw_gradient_norm: a gradient is on {grad.device}, not {control.tensor.device}")
+    adamw_gradient_norm_at(
+        [[grad.data_ptr() for grad in tensors] for tensors in grads],
+        [[grad.numel() for grad in tensors] for tensors in grads],
+        [tensors[0].dtype if tensors else torch.float32 for tensors in grads],
+        control,
+        max_norm=max_norm,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+    )
+
+
+def adamw_gradient_norm_at(
+    grads: Sequence[Sequence[int]],
+    numels: Sequence[Sequence[int]],
+    dtypes: Sequence[torch.dtype],
+    control: AdamWControl,
+    *,
+    max_norm: float | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """`adamw_gradient_norm` for a caller that has checked the gradients.
+
+    Args:
+        grads: addresses of the gradients, list by list.
+        numels: their sizes.
+        dtypes: of each list.
+        control: as for `adamw_gradient_norm`.
+        max_norm: as for `adamw_gradient_norm`.
+        grad_scale: as for `adamw_gradient_norm`.
+        found_inf: as for `adamw_gradient_norm`.
+    """
     native.call(
         "adamw_norm",
         control.tensor,
-        [[grad.data_ptr() for grad in tensors] for tensors in grads],
-        [[grad.numel() for grad in tensors] for tensors in grads],
-        [native.dtype_number("adamw_gradient_norm", tensors[0].dtype) if tensors else 0 for tensors in grads],
+        grads,
+        numels,
+        [native.dtype_number("adamw_gradient_norm", dtype) for dtype in dtypes],
         control.tensor.data_ptr(),
         control.sums.data_ptr(),
         math.inf if max_norm is None else max_norm,
@@ -230,7 +303,7 @@ def adamw_gradient_norm(
     )
 
 
-def _check_grads(grads: Sequence[Tensor], params: Sequence[Tensor]) -> int:
+def _check_grads(grads: Sequence[Tensor], params: Sequence[Tensor]) -> None:
     if len(grads) != len(params):
         raise ValueError(f"adamw: got {len(grads)} gradients for {len(params)} tensors")
     dtype, device = grads[0].dtype, params[0].device
@@ -241,7 +314,6 @@ def _check_grads(grads: Sequence[Tensor], params: Sequence[Tensor]) -> int:
                 f"{grad.dtype} on {grad.device} with strides {grad.stride()}; a list needs contiguous gradients of the "
                 f"parameters' sizes, all {dtype} on {device}"
             )
-    return native.dtype_number("adamw", dtype)
 
 
 def _native_list(

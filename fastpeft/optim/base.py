@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpeft.ops.adamw import AdamWControl, adamw_gradient_norm
+from fastpeft.ops.adamw import AdamWControl, adamw_gradient_norm_at
 from fastpeft.optim import formats
 from fastpeft.optim.formats import Moments, Saved
 from fastpeft.optim.options import check_arguments, check_group, rate
@@ -141,66 +141,72 @@ class AdamWBase(torch.optim.Optimizer):
                 loss = closure()
         for index, group in enumerate(self.param_groups):
             check_group(self._name, group, index)
-        plan, grads = self._plan_and_gradients()
+        plan = self._plan_step()
         if plan.entries:
-            self._launch(plan, grads, self._measure_norm(plan, grads))
+            self._launch(plan, self._measure_norm(plan))
+            plan.release()
         return loss
 
-    def _plan_and_gradients(self) -> tuple[Plan, list[Tensor]]:
-        plan = self._plan
+    def _plan_step(self) -> Plan:
+        """The plan of this step, with its gradients; everything is checked, and nothing changed but state made."""
         if _is_capturing(self._entries):
             return self._plan_for_graph()
-        if plan is not None and plan.states == len(self.state):
-            grads = plan.gradients(self._name)
-            if grads is not None:
-                return plan, grads
-        plan = draft(self._name, self._entries)
-        grads = plan.gradients(self._name)
-        assert grads is not None
+        plan = self._plan
+        if plan is not None and plan.states == len(self.state) and plan.take_gradients(self._name):
+            return plan
+        plan = self._draft()
         self._create_missing_state(plan.entries)
-        plan.batches, plan.states = self._batches(plan), len(self.state)
+        plan.set_batches(self._batches(plan), len(self.state))
         self._plan = plan
-        return plan, grads
+        return plan
 
-    def _plan_for_graph(self) -> tuple[Plan, list[Tensor]]:
+    def _plan_for_graph(self) -> Plan:
         """A plan of the graph's own, which no later step writes to."""
-        plan = draft(self._name, self._entries)
+        plan = self._draft()
         new = next((entry for entry in plan.entries if not self.state.get(entry.param)), None)
         if new is not None:
             raise RuntimeError(
                 f"{self._name}: {new.name} has no state yet, and a graph would make it anew at every replay; call "
                 "step() once with these parameters before capturing"
             )
-        grads = plan.gradients(self._name)
-        assert grads is not None
-        plan.batches, plan.states = self._batches(plan), len(self.state)
+        plan.set_batches(self._batches(plan), len(self.state))
         self._captured.append(plan)
-        return plan, grads
+        return plan
 
-    def _measure_norm(self, plan: Plan, grads: list[Tensor]) -> Mapping[torch.device, AdamWControl]:
+    def _draft(self) -> Plan:
+        plan = draft(self._name, self._entries)
+        if not plan.take_gradients(self._name):
+            raise RuntimeError(f"{self._name}: gradients changed while a step was looking at them")
+        return plan
+
+    def _measure_norm(self, plan: Plan) -> Mapping[torch.device, AdamWControl]:
         """Measure the norm if it is asked for; the controls that the step goes by."""
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if self.max_grad_norm is None and grad_scale is None and found_inf is None:
-            return _controls(self._plain_controls, plan.groups_of_norm)
-        for device, control in _controls(self._controls, plan.groups_of_norm).items():
-            adamw_gradient_norm(
-                [[grads[place] for place in places] for places in plan.groups_of_norm[device]],
-                control,
+            return _controls(self._plain_controls, plan.norms)
+        controls = _controls(self._controls, plan.norms)
+        for device, norm in plan.norms.items():
+            adamw_gradient_norm_at(
+                [[plan.addresses[place] for place in places] for places in norm.members],
+                norm.numels,
+                norm.dtypes,
+                controls[device],
                 max_norm=self.max_grad_norm,
                 grad_scale=_scalar(grad_scale, device),
                 found_inf=_scalar(found_inf, device),
             )
-        return self._controls
+        return controls
 
-    def _launch(self, plan: Plan, grads: list[Tensor], controls: Mapping[torch.device, AdamWControl]) -> None:
+    def _launch(self, plan: Plan, controls: Mapping[torch.device, AdamWControl]) -> None:
         for batch in plan.batches:
-            self._step_batch(batch, grads, controls[batch.device])
+            self._step_batch(batch, controls[batch.device])
 
-    def _step_batch(self, batch: Batch, grads: list[Tensor], control: AdamWControl) -> None:
+    def _step_batch(self, batch: Batch, control: AdamWControl) -> None:
         group = self.param_groups[batch.group]
         beta1, beta2 = group["betas"]
-        batch.rows.step(
-            [grads[place] for place in batch.members],
+        batch.rows.step_at(
+            batch.addresses,
+            batch.grad_dtype,
             control,
             lr=rate(group, batch.device),
             betas=(float(beta1), float(beta2)),

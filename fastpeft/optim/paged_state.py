@@ -140,10 +140,10 @@ class PagedState(ResidentState):
     def _is_paged(self, entry: Entry) -> bool:
         return self._min_8bit_size is None or self._eight_bit(entry)
 
-    def _plan_and_gradients(self) -> tuple[Plan, list[Tensor]]:
+    def _plan_step(self) -> Plan:
         if self._stores and not torch.cuda.is_current_stream_capturing():
             self._place()
-        return super()._plan_and_gradients()
+        return super()._plan_step()
 
     def _batches(self, plan: Plan) -> list[Batch]:
         paged = [(place, entry) for place, entry in enumerate(plan.entries) if entry in self._store_of]
@@ -158,10 +158,10 @@ class PagedState(ResidentState):
             key = (id(self._store_of[entry]), entry.group, entry.dtype, plan.dtypes[place])
             places.setdefault(key, []).append((place, entry))
         for members in places.values():
-            batches += self._paged_batches(members)
+            batches += self._paged_batches(members, plan.dtypes[members[0][0]])
         return batches
 
-    def _paged_batches(self, members: list[tuple[int, Entry]]) -> list[Batch]:
+    def _paged_batches(self, members: list[tuple[int, Entry]], grad_dtype: torch.dtype) -> list[Batch]:
         """The pieces of parameters of one store and group: those on the device, and those on the host."""
         first = members[0][1]
         store = self._store_of[first]
@@ -176,28 +176,28 @@ class PagedState(ResidentState):
                 sides[far].add(place, entry, far_step if far else step, piece, store.tensors(piece))
         kinds: tuple[Callable[..., AdamWList], ...] = (AdamWList, partial(AdamWFarList, store.arena))
         return [
-            Batch(first.group, store.device, rows.make(kind), rows.places)
+            Batch(first.group, store.device, grad_dtype, rows.make(kind), rows.places)
             for rows, kind in zip(sides, kinds, strict=True)
             if rows.places
         ]
 
-    def _launch(self, plan: Plan, grads: list[Tensor], controls: Mapping[torch.device, AdamWControl]) -> None:
+    def _launch(self, plan: Plan, controls: Mapping[torch.device, AdamWControl]) -> None:
         """Stream what is far, and step what is near beside it on a stream of its own."""
         far = [batch for batch in plan.batches if isinstance(batch.rows, AdamWFarList)]
         beside = {batch.device for batch in far}
         for batch in plan.batches:
             if batch not in far and batch.device not in beside:
-                self._step_batch(batch, grads, controls[batch.device])
+                self._step_batch(batch, controls[batch.device])
         for device in beside:
             here, side = torch.cuda.current_stream(device), self._side(device)
             side.wait_stream(here)
             with torch.cuda.stream(side):
                 for batch in plan.batches:
                     if batch not in far and batch.device == device:
-                        self._step_batch(batch, grads, controls[device])
+                        self._step_batch(batch, controls[device])
             for batch in far:
                 if batch.device == device:
-                    self._step_batch(batch, grads, controls[device])
+                    self._step_batch(batch, controls[device])
             here.wait_stream(side)
 
     def _side(self, device: torch.device) -> torch.cuda.Stream:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastpeft.ops.adamw import AdamWList
 from fastpeft.optim.parameter import Entry, check_gradient, check_place
-
-Key = tuple[int, torch.dtype, torch.dtype, torch.device, Any]
 
 
 @dataclass
@@ -22,14 +19,33 @@ class Batch:
     Attributes:
         group: number of their group.
         device: where they are.
+        grad_dtype: of their gradients.
         rows: of the native core; each a parameter or a piece of one.
-        members: for each row the place of its parameter's gradient in the step's list of gradients.
+        members: for each row the place of its parameter's gradient among the step's gradients.
+        addresses: for each row the address of that gradient, as of the last step.
     """
 
     group: int
     device: torch.device
+    grad_dtype: torch.dtype
     rows: AdamWList
     members: list[int]
+    addresses: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Norm:
+    """Gradients of one device, by dtype, for the norm of all.
+
+    Attributes:
+        dtypes: of each list.
+        members: places of the gradients of each list among the step's gradients.
+        numels: their sizes.
+    """
+
+    dtypes: list[torch.dtype] = field(default_factory=list)
+    members: list[list[int]] = field(default_factory=list)
+    numels: list[list[int]] = field(default_factory=list)
 
 
 @dataclass
@@ -41,33 +57,38 @@ class Plan:
         absent: those that have none.
         dtypes: of the gradients.
         batches: in the order they are stepped.
-        groups_of_norm: for each device and dtype the places of its gradients, for the norm.
+        norms: by device.
         states: how many parameters had state when the plan was made.
+        addresses: of the gradients of the last step.
     """
 
     entries: list[Entry]
     absent: list[Entry]
     dtypes: list[torch.dtype]
     batches: list[Batch] = field(default_factory=list)
-    groups_of_norm: dict[torch.device, list[list[int]]] = field(default_factory=dict)
+    norms: dict[torch.device, Norm] = field(default_factory=dict)
     states: int = 0
-    _locals: list[Tensor] = field(default_factory=list)
-    _addresses: list[int] = field(default_factory=list)
-    _grad_addresses: list[int] = field(default_factory=list)
-    _distributed: bool = False
+    addresses: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self._params = [entry.param for entry in self.entries]
+        self._absent = [entry.param for entry in self.absent]
         self._locals = [entry.local for entry in self.entries]
-        self._addresses = [entry.address for entry in self.entries]
+        self._local_addresses = [entry.address for entry in self.entries]
         self._distributed = any(entry.distributed for entry in self.entries)
-        places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        self._made: list[Tensor] = []  # gradients that are no parameter's own: copies, and parts of DTensors
         for place, (entry, dtype) in enumerate(zip(self.entries, self.dtypes, strict=True)):
-            places.setdefault((entry.device, dtype), []).append(place)
-        for (device, _), members in places.items():
-            self.groups_of_norm.setdefault(device, []).append(members)
+            norm = self.norms.setdefault(entry.device, Norm())
+            if dtype not in norm.dtypes:
+                norm.dtypes.append(dtype)
+                norm.members.append([])
+                norm.numels.append([])
+            which = norm.dtypes.index(dtype)
+            norm.members[which].append(place)
+            norm.numels[which].append(entry.shape.numel())
 
-    def gradients(self, optimizer: str) -> list[Tensor] | None:
-        """The gradients of this step, checked; None when another plan is needed.
+    def take_gradients(self, optimizer: str) -> bool:
+        """Note where the gradients of this step are, checked; False when another plan is needed.
 
         What is checked anew for every tensor is little, as there may be hundreds and a step must not wait for Python:
         its address, and whether it is contiguous. Only where an address changed is the rest looked at, which torch
@@ -76,35 +97,45 @@ class Plan:
         Raises:
             ValueError: a parameter was moved, or a gradient cannot be taken; nothing was changed.
         """
+        for param in self._absent:
+            if param.grad is not None:
+                return False
+        grads: Sequence[Tensor | None]
         if self._distributed:
             grads = [entry.gradient for entry in self.entries]
         else:
-            grads = [entry.param.grad for entry in self.entries]
-        if any(entry.param.grad is not None for entry in self.absent):
-            return None
+            grads = [param.grad for param in self._params]
         try:
             addresses = list(map(_data_ptr, grads))  # type: ignore[arg-type]
             contiguous = all(map(_is_contiguous, grads))  # type: ignore[arg-type]
-        except (AttributeError, TypeError, RuntimeError, NotImplementedError):  # None, or sparse
-            if any(grad is None for grad in grads):
-                return None
-            self._check_all(optimizer, grads)  # type: ignore[arg-type]
-            raise
-        if self._distributed or list(map(_data_ptr, self._locals)) != self._addresses:
+        except (TypeError, RuntimeError):  # None or sparse; the new plan says which
+            return False
+        if self._distributed or list(map(_data_ptr, self._locals)) != self._local_addresses:
             for entry in self.entries:
                 check_place(optimizer, entry)
-        if addresses != self._grad_addresses:
-            self._check_all(optimizer, grads)  # type: ignore[arg-type]
-            if [grad.dtype for grad in grads] != self.dtypes:  # type: ignore[union-attr]
-                return None
-            self._grad_addresses = addresses
-        if not contiguous:
-            return [grad.contiguous() for grad in grads]  # type: ignore[union-attr]
-        return grads  # type: ignore[return-value]
+        if self._distributed or not contiguous:
+            self._made = [grad.contiguous() for grad in grads if grad is not None]
+            grads, addresses = self._made, list(map(_data_ptr, self._made))
+        if addresses != self.addresses:
+            for entry, grad, dtype in zip(self.entries, grads, self.dtypes, strict=True):
+                assert grad is not None
+                check_gradient(optimizer, entry, grad)
+                if grad.dtype != dtype:
+                    return False
+            self.addresses = addresses
+            for batch in self.batches:
+                batch.addresses = [addresses[place] for place in batch.members]
+        return True
 
-    def _check_all(self, optimizer: str, grads: Sequence[Tensor]) -> None:
-        for entry, grad in zip(self.entries, grads, strict=True):
-            check_gradient(optimizer, entry, grad)
+    def release(self) -> None:
+        """Let go of what the step needed besides the parameters' own gradients; the launches are behind it."""
+        self._made = []
+
+    def set_batches(self, batches: list[Batch], states: int) -> None:
+        """Say what the launches are."""
+        self.batches, self.states = batches, states
+        for batch in batches:
+            batch.addresses = [self.addresses[place] for place in batch.members]
 
 
 _data_ptr: Callable[[Tensor], int] = Tensor.data_ptr
@@ -115,7 +146,7 @@ def draft(optimizer: str, entries: Sequence[Entry]) -> Plan:
     """Find the parameters that have gradients, and check all of them.
 
     Raises:
-        ValueError: as `Plan.gradients`.
+        ValueError: as `Plan.take_gradients`.
     """
     present, absent, dtypes = [], [], []
     for entry in entries:

@@ -64,9 +64,10 @@ class ResidentState(AdamWBase):
         for place, (entry, dtype) in enumerate(zip(plan.entries, plan.dtypes, strict=True)):
             key = (entry.group, entry.device, entry.dtype, dtype, self._moments(entry).eight_bit)
             places.setdefault(key, []).append(place)
-        return [self._batch([plan.entries[place] for place in members], members) for members in places.values()]
+        return [self._batch(plan, members) for members in places.values()]
 
-    def _batch(self, entries: Sequence[Entry], members: list[int]) -> Batch:
+    def _batch(self, plan: Plan, members: list[int]) -> Batch:
+        entries = [plan.entries[place] for place in members]
         moments = [self._moments(entry) for entry in entries]
         eight_bit = moments[0].eight_bit
         rows = AdamWList(
@@ -78,4 +79,4 @@ class ResidentState(AdamWBase):
             [of_one.absmax_sq for of_one in moments if of_one.absmax_sq is not None] if eight_bit else None,
             numbers=[entry.number for entry in entries],
         )
-        return Batch(entries[0].group, entries[0].device, rows, members)
+        return Batch(entries[0].group, entries[0].device, plan.dtypes[members[0]], rows, members)
