@@ -139,8 +139,7 @@ inline void check_adamw(const AdamWStepArgs& args) {
   const AdamWList& list = *args.list;
   check(list.param_dtype != DType::kFloat64 && args.grad_dtype != DType::kFloat64,
         "adamw: float64 is not supported; use float32, float16 or bfloat16");
-  check(args.grads.size() == list.rows.size(), "adamw: got ", args.grads.size(), " gradients for ", list.rows.size(),
-        " tensors");
+  check(args.grads.size() == list.given, "adamw: got ", args.grads.size(), " gradients for ", list.given, " tensors");
   check(!args.stochastic || list.param_dtype == DType::kBFloat16,
         "adamw: stochastic rounding is for bfloat16 parameters alone");
 }

@@ -36,7 +36,12 @@ struct AdamWTable {
 inline std::vector<uint32_t> adamw_first_chunks(const AdamWList& list) {
   std::vector<uint32_t> first_chunks;
   int64_t chunks = 0;
+  size_t batch = 0;
   for (const AdamWRow& row : list.rows) {
+    if (batch < list.batches.size() && list.batches[batch].first_row == std::ssize(first_chunks)) {
+      chunks = 0;
+      ++batch;
+    }
     first_chunks.push_back(static_cast<uint32_t>(chunks));
     chunks += ceil_div(row.numel, kAdamWChunk);
   }

@@ -116,6 +116,7 @@ void adamw_update_rows(const AdamWStepArgs& args, int64_t first_row, int64_t row
 }
 
 void adamw_step(const AdamWStepArgs& args, const Context& context) {
+  if (args.list->arena != nullptr) return adamw_far_step(args, context);
   adamw_prepare(args, context);
   adamw_update_rows(args, 0, std::ssize(args.list->rows), context);
 }

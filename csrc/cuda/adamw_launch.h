@@ -5,6 +5,9 @@
 
 namespace fastpeft::cuda {
 
+// Of a staged list.
+void adamw_far_step(const AdamWStepArgs& args, const Context& context);
+
 // Brings the table up to date, counts the step and works out its factors.
 void adamw_prepare(const AdamWStepArgs& args, const Context& context);
 
