@@ -5,6 +5,8 @@
 #include "common/adamw_table.h"
 #include "common/dynamic_map.h"
 #include "common/error.h"
+#include "cuda/adamw_far_plan.h"
+#include "fastpeft/arena.h"
 
 namespace py = pybind11;
 
@@ -31,7 +33,7 @@ AdamWList make_list(const Addresses& params, const Addresses& exp_avgs, const Ad
         "adamw: the lists of tensors differ in length");
   check(numbers.size() == steps.size() && advances.size() == steps.size(),
         "adamw: the lists of step counts differ in length");
-  AdamWList list{{}, {}, static_cast<DType>(param_dtype), eight_bit};
+  AdamWList list{{}, {}, static_cast<DType>(param_dtype), eight_bit, rows};
   for (size_t i = 0; i < rows; ++i) {
     check(tensors[i] >= 0 && static_cast<size_t>(tensors[i]) < steps.size(), "adamw: tensor ", tensors[i],
           " has no step count");
@@ -41,6 +43,8 @@ AdamWList make_list(const Addresses& params, const Addresses& exp_avgs, const Ad
   for (size_t i = 0; i < steps.size(); ++i) list.tensors.push_back({at<float>(steps[i]), numbers[i], advances[i]});
   return list;
 }
+
+Address address_of(const void* pointer) { return reinterpret_cast<Address>(pointer); }
 
 template <bool kSigned>
 std::vector<float> map_values() {
@@ -58,7 +62,27 @@ void bind_adamw(py::module_& m) {
            py::arg("absmax_sqs"), py::arg("numels"), py::arg("offsets"), py::arg("tensors"), py::arg("steps"),
            py::arg("numbers"), py::arg("advances"), py::arg("param_dtype"), py::arg("eight_bit"))
       .def("table_bytes", &adamw_table_bytes)
+      .def("stage", &cuda::adamw_stage)
       .def("set_table", [](AdamWList& list, Address table) { list.table = at<void>(table); });
+  // The batches of a list whose state is on the host, with slots at address 0: for tests without a GPU.
+  m.def("adamw_far_plan", [](AdamWList list, int64_t slot_bytes) {
+    cuda::adamw_plan_far(list, nullptr, slot_bytes, cuda::kArenaSlots);
+    py::list batches;
+    for (const AdamWBatch& batch : list.batches) {
+      py::list copies, rows;
+      for (const AdamWCopy& copy : batch.copies) {
+        copies.append(py::make_tuple(address_of(copy.host), address_of(copy.slot), copy.bytes));
+      }
+      for (int64_t i = batch.first_row; i < batch.first_row + batch.rows; ++i) {
+        const AdamWRow& row = list.rows[i];
+        rows.append(py::make_tuple(list.sources[i], row.offset, row.numel, address_of(row.param),
+                                   address_of(row.exp_avg), address_of(row.exp_avg_sq), address_of(row.absmax),
+                                   address_of(row.absmax_sq)));
+      }
+      batches.append(py::make_tuple(copies, rows));
+    }
+    return batches;
+  });
   m.attr("ADAMW_SUMS") = kAdamWSums;
   m.def("dynamic_map", [](bool is_signed) { return is_signed ? map_values<true>() : map_values<false>(); });
   m.def(

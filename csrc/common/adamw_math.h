@@ -85,9 +85,18 @@ FASTPEFT_HOST_DEVICE inline void adamw_moments(float g, float& m, float& v, cons
   v = product_plus(product(r.one_minus_beta2, g), g, product(r.beta2, v));
 }
 
-FASTPEFT_HOST_DEVICE inline float adamw_update(float p, float m, float v, const AdamWFactors& f, float eps) {
-  const float root = product_plus(sqrtf(v), f.root_scale, eps);
-  return product_plus(p, f.decay, -(product(f.step_size, m) / root));
+// kFast: root and quotient within two units in the last place, on the device; for 8-bit state, whose rounding hides it.
+template <bool kFast = false>
+FASTPEFT_HOST_DEVICE float adamw_update(float p, float m, float v, const AdamWFactors& f, float eps) {
+  const float step = product(f.step_size, m);
+#ifdef __CUDA_ARCH__
+  if constexpr (kFast) {
+    float root;
+    asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(v));
+    return product_plus(p, f.decay, -__fdividef(step, product_plus(root, f.root_scale, eps)));
+  }
+#endif
+  return product_plus(p, f.decay, -(step / product_plus(sqrtf(v), f.root_scale, eps)));
 }
 
 // --- stochastic rounding ---------------------------------------------------------------------------------------------
@@ -101,7 +110,9 @@ FASTPEFT_HOST_DEVICE inline Philox4 rounding_bits(int64_t index, uint64_t key) {
 // Bits of the bfloat16 below or above x, with the probability of its distance to the other.
 FASTPEFT_HOST_DEVICE inline uint16_t round_stochastically(float x, const Philox4& random, int place) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
-  const uint32_t added = random.words[place / 2] >> (place % 2 * 16) & 0xffff;
+  const uint32_t* words = random.words;  // chosen without an index, which would put them into memory
+  const uint32_t word = place < 4 ? place < 2 ? words[0] : words[1] : place < 6 ? words[2] : words[3];
+  const uint32_t added = word >> (place % 2 * 16) & 0xffff;
   const bool finite = (bits & 0x7f800000) != 0x7f800000;
   const uint32_t quiet = (bits & 0x007fffff) != 0 ? 0x00400000 : 0;
   return static_cast<uint16_t>((finite ? bits + added : bits | quiet) >> 16);
@@ -128,8 +139,7 @@ inline void check_adamw(const AdamWStepArgs& args) {
   const AdamWList& list = *args.list;
   check(list.param_dtype != DType::kFloat64 && args.grad_dtype != DType::kFloat64,
         "adamw: float64 is not supported; use float32, float16 or bfloat16");
-  check(args.grads.size() == list.rows.size(), "adamw: got ", args.grads.size(), " gradients for ", list.rows.size(),
-        " tensors");
+  check(args.grads.size() == list.given, "adamw: got ", args.grads.size(), " gradients for ", list.given, " tensors");
   check(!args.stochastic || list.param_dtype == DType::kBFloat16,
         "adamw: stochastic rounding is for bfloat16 parameters alone");
 }

@@ -12,7 +12,6 @@ constexpr int64_t kAdamWChunk = 4096;  // elements of a thread block; whole bloc
 // Byte offsets, each on the 16-byte grid.
 struct AdamWTable {
   int64_t rows, tensors, first_chunks, factors, grads, bytes;
-  // Of it, up to `factors`, never changes.
 
   explicit AdamWTable(const AdamWList& list) {
     const auto row_count = static_cast<int64_t>(list.rows.size());
@@ -32,6 +31,22 @@ struct AdamWTable {
     return start;
   }
 };
+
+// First chunk of each row; in a list of batches, counted from the first row of its batch.
+inline std::vector<uint32_t> adamw_first_chunks(const AdamWList& list) {
+  std::vector<uint32_t> first_chunks;
+  int64_t chunks = 0;
+  size_t batch = 0;
+  for (const AdamWRow& row : list.rows) {
+    if (batch < list.batches.size() && list.batches[batch].first_row == std::ssize(first_chunks)) {
+      chunks = 0;
+      ++batch;
+    }
+    first_chunks.push_back(static_cast<uint32_t>(chunks));
+    chunks += ceil_div(row.numel, kAdamWChunk);
+  }
+  return first_chunks;
+}
 
 inline int64_t adamw_table_bytes(const AdamWList& list) { return AdamWTable(list).bytes; }
 

@@ -97,10 +97,14 @@ class AdamWList:
         )
         self.params = list(params)
         self._kept = [steps, exp_avgs, exp_avg_sqs, absmaxes, absmax_sqs]
+        self._prepare()
         if params and params[0].is_cuda:
             table = torch.empty(self._native.table_bytes(), dtype=torch.uint8, device=params[0].device)
             self._native.set_table(table.data_ptr())
             self._kept.append([table])
+
+    def _prepare(self) -> None:
+        """What changes the list before its table is made."""
 
     def step(
         self,
@@ -224,6 +228,9 @@ class AdamWFarList(AdamWList):
     ) -> None:
         self.arena = arena
         super().__init__(params, steps, exp_avgs, exp_avg_sqs, absmaxes, absmax_sqs, **options)
+
+    def _prepare(self) -> None:
+        self.arena.stage(self._native)
 
 
 def adamw_gradient_norm(

@@ -85,9 +85,13 @@ class Arena:
         """
         if place not in ("device", "host"):
             raise ValueError(f"Arena: place is {place!r}; it can be 'device' or 'host'")
-        stream = torch.cuda.current_stream(self.device).cuda_stream
         with torch.cuda.device(self.device):
-            self._native.move(first_page, pages, place == "device", stream)
+            self._native.move(first_page, pages, place == "device", native.stream_context(self.device))
+
+    def stage(self, adamw_list: Any) -> None:
+        """Make a native list of rows on host pages one that is stepped through the slots."""
+        with torch.cuda.device(self.device):
+            adamw_list.stage(self._native)
 
     def places(self) -> list[bool]:
         """For each page whether it lies on the device."""

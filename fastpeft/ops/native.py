@@ -69,6 +69,11 @@ def arena(nbytes: int, mode: str | None, slot_bytes: int) -> Any:
     return _C.Arena(nbytes, mode or "", slot_bytes)
 
 
+def stream_context(device: torch.device) -> Any:
+    """The caller's stream on a CUDA device, as native calls take it."""
+    return _C.Context(stream=torch._C._cuda_getCurrentRawStream(device.index))
+
+
 def host_bytes(address: int, nbytes: int, owner: object) -> Tensor:
     """Host memory of the native core as a uint8 tensor that keeps its owner alive."""
     buffer = (ctypes.c_ubyte * nbytes).from_address(address)
@@ -243,8 +248,7 @@ def call(function: str, where: Tensor, *arguments: Any) -> None:
 def call_cuda(function: str, where: Tensor, *arguments: Any) -> None:
     """Run a native function that only CUDA has; the context is appended to its arguments."""
     native: Callable[..., None] = getattr(_C, function)
-    index = where.device.index
-    context = _C.Context(stream=torch._C._cuda_getCurrentRawStream(index))
+    index, context = where.device.index, stream_context(where.device)
     if index == torch._C._cuda_getDevice():
         native(*arguments, context)
     else:

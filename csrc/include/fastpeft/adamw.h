@@ -19,7 +19,13 @@
 
 #include "fastpeft/types.h"
 
+namespace fastpeft::cuda {
+class Arena;
+}
+
 namespace fastpeft {
+
+using cuda::Arena;
 
 constexpr int64_t kAdamWBlock = 256;  // elements that share a scale of 8-bit state
 
@@ -53,13 +59,32 @@ struct alignas(64) AdamWControl {
 };
 static_assert(sizeof(AdamWControl) == 64);
 
+// State on the host that travels to a slot of an arena and back.
+struct AdamWCopy {
+  std::byte* host;
+  std::byte* slot;
+  int64_t bytes;
+};
+
+// Rows whose state is in a slot at the same time.
+struct AdamWBatch {
+  int64_t first_row, rows;
+  std::vector<AdamWCopy> copies;
+};
+
 // Tensors of equal dtypes that are stepped together.
 struct AdamWList {
   std::vector<AdamWRow> rows;
   std::vector<AdamWTensor> tensors;
   DType param_dtype;
   bool eight_bit;
+  size_t given;           // rows; a staged list has more, or none of those without elements
   void* table = nullptr;  // on the device, for CUDA alone; its size: common/adamw_table.h
+
+  // Of state on the host alone (adamw_stage): rows are pieces whose state is at addresses of slots.
+  Arena* arena = nullptr;
+  std::vector<AdamWBatch> batches = {};
+  std::vector<int64_t> sources = {};  // for each row, the row that it is a piece of
 
   // What the table holds by now.
   std::vector<const void*> table_grads = {};
@@ -69,7 +94,7 @@ struct AdamWList {
 
 struct AdamWStepArgs {
   AdamWList* list;
-  std::vector<const void*> grads;  // of the tensors of the rows: each at its tensor's first element
+  std::vector<const void*> grads;  // for each row as it was given, its tensor's gradient from the first element
   DType grad_dtype;
   AdamWControl* control;
   double lr;
@@ -109,7 +134,10 @@ void adamw_step(const AdamWStepArgs& args, const Context& context);
 
 namespace cuda {
 void adamw_norm(const AdamWNormArgs& args, const Context& context);
-void adamw_step(const AdamWStepArgs& args, const Context& context);
+void adamw_step(const AdamWStepArgs& args, const Context& context);  // of a staged list, on the arena's streams between
+
+// Makes a list of rows whose state lies in an arena's host pages one that is stepped through the arena's slots.
+void adamw_stage(AdamWList& list, Arena& arena);
 }  // namespace cuda
 
 }  // namespace fastpeft
