@@ -70,7 +70,8 @@ class PagedState(ResidentState):
     def evict(self, nbytes: int | None = None) -> int:
         """Move state from the GPU to host memory, and wait until its place is free.
 
-        It comes back at a later step when there is room for it.
+        It comes back at a later step when there is room for it. Once a step was captured into a graph, which knows
+        where the state was, nothing moves any more.
 
         Args:
             nbytes: how much room to make on each GPU; everything if None.
@@ -79,6 +80,8 @@ class PagedState(ResidentState):
             less where no more was there.
         """
         moved = 0
+        if self._captured:
+            return moved
         left = {store.device: nbytes for store in self._stores}
         for store in reversed(self._stores):
             wanted = left[store.device]
@@ -123,31 +126,44 @@ class PagedState(ResidentState):
     # Stepping.
 
     def _create_state(self, entries: Sequence[Entry]) -> None:
-        paged = [entry for entry in entries if entry.device.type == "cuda" and self._is_paged(entry)]
+        paged = [entry for entry in entries if self._is_paged(entry)]
         beside = [entry for entry in entries if entry not in set(paged)]
         if beside:
             super()._create_state(beside)
+        for entry in paged:
+            if entry in self._store_of:  # its state was taken away by hand, or by a state dict without it
+                self._zero(entry)
+        paged = [entry for entry in paged if entry not in self._store_of]
         if not paged:
             return
         store = Store(paged, self._min_8bit_size is not None, self._mode)
         steps = torch.zeros(len(paged), dtype=torch.float32, device=store.device)
         for entry, step in zip(paged, steps.unbind(), strict=True):
-            self.state[entry.param] = {"step": step}
-            self._store_of[entry] = store
+            self.state[entry.param], self._store_of[entry] = {"step": step}, store
         self._stores.append(store)
         self._place()
 
+    def _zero(self, entry: Entry) -> None:
+        store = self._store_of[entry]
+        torch.cuda.current_stream(store.device).synchronize()  # far views of a pinned arena are the CPU's to write
+        for piece in store.pieces[entry]:
+            for tensor in store.tensors(piece):
+                tensor.zero_()
+        self.state[entry.param] = {"step": torch.zeros((), dtype=torch.float32, device=store.device)}
+        self._plan = None
+
     def _is_paged(self, entry: Entry) -> bool:
-        return self._min_8bit_size is None or self._eight_bit(entry)
+        return entry.device.type == "cuda" and (self._min_8bit_size is None or self._eight_bit(entry))
 
     def _plan_step(self) -> Plan:
-        if self._stores and not torch.cuda.is_current_stream_capturing():
+        if self._stores and not self._captured and not torch.cuda.is_current_stream_capturing():
             self._place()
         return super()._plan_step()
 
     def _batches(self, plan: Plan) -> list[Batch]:
         paged = [(place, entry) for place, entry in enumerate(plan.entries) if entry in self._store_of]
-        batches = super()._batches(plan) if len(paged) < len(plan.entries) else []
+        beside = [place for place, entry in enumerate(plan.entries) if entry not in self._store_of]
+        batches = self._resident_batches(plan, beside)
         if any(self._store_of[entry].is_far for _, entry in paged) and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"{self._name}: state lies in host memory, and steps that stream it cannot be captured into a graph; "
@@ -183,21 +199,23 @@ class PagedState(ResidentState):
 
     def _launch(self, plan: Plan, controls: Mapping[torch.device, AdamWControl]) -> None:
         """Stream what is far, and step what is near beside it on a stream of its own."""
-        far = [batch for batch in plan.batches if isinstance(batch.rows, AdamWFarList)]
-        beside = {batch.device for batch in far}
-        for batch in plan.batches:
-            if batch not in far and batch.device not in beside:
-                self._step_batch(batch, controls[batch.device])
-        for device in beside:
+        for device, control in controls.items():
+            sides: tuple[list[Batch], list[Batch]] = [], []
+            for batch in plan.batches:
+                if batch.device == device:
+                    sides[isinstance(batch.rows, AdamWFarList)].append(batch)
+            near, far = sides
+            if not (near and far):
+                for batch in (*near, *far):
+                    self._step_batch(batch, control)
+                continue
             here, side = torch.cuda.current_stream(device), self._side(device)
             side.wait_stream(here)
             with torch.cuda.stream(side):
-                for batch in plan.batches:
-                    if batch not in far and batch.device == device:
-                        self._step_batch(batch, controls[device])
+                for batch in near:
+                    self._step_batch(batch, control)
             for batch in far:
-                if batch.device == device:
-                    self._step_batch(batch, controls[device])
+                self._step_batch(batch, control)
             here.wait_stream(side)
 
     def _side(self, device: torch.device) -> torch.cuda.Stream:

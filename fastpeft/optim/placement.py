@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 BLOCK = 256  # elements
 _ALIGNMENT = 256  # bytes
-_CELL_PAGES = 8  # of 2 MB: what one slot of the copy pipeline takes
+CELL_BYTES = 16 << 20  # of the largest cells: what a slot of the copy pipeline takes
 _FEWEST_CELLS = 32  # small arenas have smaller cells, so that a budget is met within a few per cent
 
 
@@ -105,7 +105,7 @@ def lay_out(numels: Sequence[int], eight_bit: bool, page_bytes: int) -> Layout:
     """
     block_bytes = 2 * BLOCK + 8 if eight_bit else 8 * BLOCK
     total = sum(_padded(numel) // BLOCK * block_bytes for numel in numels)
-    cell_bytes = page_bytes * min(_CELL_PAGES, max(1, total // page_bytes // _FEWEST_CELLS))
+    cell_bytes = page_bytes * min(CELL_BYTES // page_bytes, max(1, total // page_bytes // _FEWEST_CELLS))
     pieces: list[Piece] = []
     at = 0
     for parameter, numel in enumerate(numels):

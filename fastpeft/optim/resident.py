@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -60,9 +60,14 @@ class ResidentState(AdamWBase):
             target.copy_(source)
 
     def _batches(self, plan: Plan) -> list[Batch]:
+        return self._resident_batches(plan, range(len(plan.entries)))
+
+    def _resident_batches(self, plan: Plan, of: Iterable[int]) -> list[Batch]:
+        """Batches of the parameters at these places of the plan."""
         places: dict[tuple[object, ...], list[int]] = {}
-        for place, (entry, dtype) in enumerate(zip(plan.entries, plan.dtypes, strict=True)):
-            key = (entry.group, entry.device, entry.dtype, dtype, self._moments(entry).eight_bit)
+        for place in of:
+            entry = plan.entries[place]
+            key = (entry.group, entry.device, entry.dtype, plan.dtypes[place], self._moments(entry).eight_bit)
             places.setdefault(key, []).append(place)
         return [self._batch(plan, members) for members in places.values()]
 

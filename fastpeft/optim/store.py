@@ -12,6 +12,8 @@ from fastpeft.ops.arena import Arena
 from fastpeft.optim import placement
 from fastpeft.optim.parameter import Entry
 
+_SLOT_BYTES = placement.CELL_BYTES + (4 << 10)  # a cell, and what its ranges may lose to alignment
+
 
 class Store:
     """The state of some parameters of one device, in an arena of which the first cells are on the device.
@@ -27,7 +29,7 @@ class Store:
         self.eight_bit = eight_bit
         numels = [entry.shape.numel() for entry in entries]
         self.layout = placement.lay_out(numels, eight_bit, Arena.page_bytes)
-        self.arena = Arena(self.layout.nbytes, self.device, mode)
+        self.arena = Arena(self.layout.nbytes, self.device, mode, slot_bytes=_SLOT_BYTES)
         self.near_cells = 0
         self.pieces: dict[Entry, list[placement.Piece]] = {entry: [] for entry in entries}
         for piece in self.layout.pieces:
