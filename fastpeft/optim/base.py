@@ -253,7 +253,9 @@ class AdamWBase(torch.optim.Optimizer):
         for entry, of_entry in saved.items():
             self._load_state(entry, of_entry)
             self.state[entry.param]["step"].fill_(of_entry.step)
-        self.param_groups = groups
+        for group, loaded in zip(self.param_groups, groups, strict=True):
+            group.clear()
+            group.update(loaded)
         self._plan = None
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)

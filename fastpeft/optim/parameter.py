@@ -25,9 +25,10 @@ class Entry:
         dtype: as it was then.
         device: as it was then.
         shape: of ``local``, as it was then.
+        options: its group.
         group: number of its group.
+        index: its place in the group.
         number: its place among all parameters of the optimizer.
-        name: as messages name it.
     """
 
     param: Tensor
@@ -36,9 +37,15 @@ class Entry:
     dtype: torch.dtype
     device: torch.device
     shape: torch.Size
+    options: Mapping[str, Any]
     group: int
+    index: int
     number: int
-    name: str
+
+    @property
+    def name(self) -> str:
+        """As messages name it."""
+        return describe(self.options, self.group, self.index)
 
     @property
     def distributed(self) -> bool:
@@ -83,7 +90,8 @@ def make_entry(optimizer: str, group: Mapping[str, Any], group_index: int, index
             f"{optimizer}: {name} is not contiguous (strides {part.stride()}); make it so before it is given to the "
             "optimizer: param.data = param.data.contiguous()"
         )
-    return Entry(param, part, part.data_ptr(), part.dtype, part.device, part.shape, group_index, number, name)
+    place = part.data_ptr(), part.dtype, part.device, part.shape
+    return Entry(param, part, *place, group, group_index, index, number)
 
 
 def check_place(optimizer: str, entry: Entry) -> None:

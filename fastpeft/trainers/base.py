@@ -208,6 +208,22 @@ class BaseTrainer(Trainer):
             raise KeyboardInterrupt
         raise SystemExit(128 + received)
 
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """Make the optimizer; its messages name parameters as the model does.
+
+        Args:
+            model: whose parameters to take; the trainer's own if None.
+        Returns:
+            The optimizer.
+        """
+        optimizer = super().create_optimizer(model)
+        if type(optimizer) in _OPTIMIZERS.values():
+            names = {id(p): name for name, p in (self.model if model is None else model).named_parameters()}
+            for group in optimizer.param_groups:
+                if "param_names" not in group and all(id(p) in names for p in group["params"]):
+                    group["param_names"] = [names[id(p)] for p in group["params"]]
+        return optimizer
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Make the learning rate's schedule; a fraction of warm-up never takes up a short run as a whole.
 
