@@ -34,8 +34,8 @@ double worst_code(const std::vector<uint8_t>& codes, const std::vector<float>& s
   for (size_t i = 0; i < codes.size(); ++i) {
     const double scale = scales[i / kAdamWBlock], x = scale > 0 ? exact[i] / scale : 0;
     double nearest = 1e9;
-    for (int code = 0; code < 256; ++code) nearest = std::min(nearest, std::fabs(map.value(code) - x));
-    const double off = std::fabs(map.value(codes[i]) - x) - nearest;
+    for (int code = 0; code < 256; ++code) nearest = std::min(nearest, std::fabs(map.values[code] - x));
+    const double off = std::fabs(map.values[codes[i]] - x) - nearest;
     const bool lifted = !kSigned && codes[i] == 1 && exact[i] > 0;  // never to zero
     if (!lifted) worst = std::max(worst, off);
   }
@@ -91,9 +91,9 @@ void check_steps(const char* name, std::vector<int64_t> numels, int64_t shift, b
       for (int64_t j = 0; j < n; ++j) {
         double& m = ms[j];
         double& v = vs[j];
-        m = eight_bit ? first_map.value(codes[at.offset + j]) * scales(at.absmax)[j / kAdamWBlock]
+        m = eight_bit ? first_map.values[codes[at.offset + j]] * scales(at.absmax)[j / kAdamWBlock]
                       : scales(at.offset)[j];
-        v = eight_bit ? second_map.value(codes[at.v + j]) * scales(at.absmax_sq)[j / kAdamWBlock] : scales(at.v)[j];
+        v = eight_bit ? second_map.values[codes[at.v + j]] * scales(at.absmax_sq)[j / kAdamWBlock] : scales(at.v)[j];
         const double g = number(grads[i][j]) * factor, p = number(params[i][j]);
         m += (1 - kBeta1) * (g - m), v = kBeta2 * v + (1 - kBeta2) * g * g;
         const double exact = p * (1 - kLr * kDecay) - kLr / (1 - std::pow(kBeta1, step)) * m /

@@ -49,9 +49,7 @@ Address address_of(const void* pointer) { return reinterpret_cast<Address>(point
 template <bool kSigned>
 std::vector<float> map_values() {
   static constexpr DynamicMap<kSigned> kMap;
-  std::vector<float> values;
-  for (int code = 0; code < 256; ++code) values.push_back(kMap.value(code));
-  return values;
+  return {std::begin(kMap.values), std::end(kMap.values)};
 }
 
 }  // namespace

@@ -21,33 +21,36 @@ constexpr int kDynamicFirstBin = (127 - 23) << 7;  // of 2^-23, less than half o
 constexpr int kDynamicBins = (127 << 7) - kDynamicFirstBin + 1;  // the last is that of 1
 constexpr int kSignedZero = 127;
 
-// Magnitudes of a map, ascending from zero, and what finds the nearest.
 template <bool kSigned>
 struct DynamicMap {
-  static constexpr int kMagnitudes = kSigned ? 129 : 256;
-  float magnitudes[kMagnitudes];
-  float midpoints[kMagnitudes];   // to the next one; behind the last, more than any value
-  uint8_t nearest[kDynamicBins];  // magnitude nearest to a bin's lower end
+  static constexpr int kMagnitudes = kSigned ? 129 : 256;      // ascending from zero
+  float values[256];                                           // by code
+  float midpoints[256];                                        // from a magnitude to the next one
+  alignas(16) uint8_t nearest[(kDynamicBins + 15) / 16 * 16];  // magnitude nearest to a bin's lower end
 
-  constexpr DynamicMap() : magnitudes{}, midpoints{}, nearest{} {
-    int count = 1;
-    double power = 1e-6;
+  constexpr DynamicMap() : values{}, midpoints{}, nearest{} {
     constexpr double kPowers[7] = {1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0};
+    float magnitudes[kMagnitudes] = {};
+    int count = 1;
     for (int e = 0; e < 7; ++e) {
-      power = kPowers[e];
       const int intervals = 1 << (kSigned ? e : e + 1);
       for (int i = 0; i < intervals; ++i) {
         const float mean = (edge(i, intervals) + edge(i + 1, intervals)) / 2.0f;
-        magnitudes[count++] = static_cast<float>(power) * mean;
+        magnitudes[count++] = static_cast<float>(kPowers[e]) * mean;
       }
     }
     magnitudes[count] = 1.0f;
+    for (int code = 0; code < 256; ++code) {
+      values[code] = !kSigned             ? magnitudes[code]
+                     : code < kSignedZero ? -magnitudes[kSignedZero - code]
+                                          : magnitudes[code - kSignedZero];
+    }
+    for (float& midpoint : midpoints) midpoint = std::bit_cast<float>(0x7fffffff);  // a NaN, above all by its bits
     for (int i = 0; i + 1 < kMagnitudes; ++i) midpoints[i] = 0.5f * (magnitudes[i] + magnitudes[i + 1]);
-    midpoints[kMagnitudes - 1] = 3e38f;
-    int code = 0;
+    int magnitude = 0;
     for (int bin = 0; bin < kDynamicBins; ++bin) {
-      while (lower_end(bin) > midpoints[code]) ++code;
-      nearest[bin] = static_cast<uint8_t>(code);
+      while (lower_end(bin) > midpoints[magnitude]) ++magnitude;
+      nearest[bin] = static_cast<uint8_t>(magnitude);
     }
   }
 
@@ -57,12 +60,6 @@ struct DynamicMap {
       if (nearest[bin + 1] > nearest[bin] + 1) return false;
     }
     return nearest[0] == 0 && nearest[kDynamicBins - 1] == kMagnitudes - 1;
-  }
-
-  // The value of a code.
-  constexpr float value(int code) const {
-    if constexpr (!kSigned) return magnitudes[code];
-    return code < kSignedZero ? -magnitudes[kSignedZero - code] : magnitudes[code - kSignedZero];
   }
 
  private:
@@ -79,23 +76,33 @@ struct DynamicMap {
 
 static_assert(DynamicMap<true>().holds() && DynamicMap<false>().holds());
 
-// Number of the magnitude nearest to x >= 0; NaN gives that of 1.
-FASTPEFT_HOST_DEVICE inline int nearest_magnitude(float x, const uint8_t* nearest, const float* midpoints) {
-  const int bin = static_cast<int>(std::bit_cast<uint32_t>(x) >> 16) - kDynamicFirstBin;
-  const int code = nearest[bin < 0 ? 0 : bin >= kDynamicBins ? kDynamicBins - 1 : bin];
-  return code + (x > midpoints[code] ? 1 : 0);
+// Codes are found without branches, so that loops vectorise, and floats above zero compared by their bits, NaN last.
+// `nearest` and `midpoints` are a map's, in whatever memory and width suits the caller.
+
+// Number of the magnitude nearest to the value of `bits`, which is not negative; NaN gives that of 1.
+template <typename Nearest>
+FASTPEFT_HOST_DEVICE inline int nearest_magnitude(int bits, const Nearest* nearest, const float* midpoints) {
+  int bin = (bits >> 16) - kDynamicFirstBin;
+  bin = bin < 0 ? 0 : bin;
+  bin = bin < kDynamicBins - 1 ? bin : kDynamicBins - 1;
+  const int magnitude = static_cast<int>(nearest[bin]);
+  return magnitude + static_cast<int>(bits > std::bit_cast<int>(midpoints[magnitude]));
 }
 
 // The signed map has 1 but not -1.
-FASTPEFT_HOST_DEVICE inline int signed_code(float x, const uint8_t* nearest, const float* midpoints) {
-  const int magnitude = nearest_magnitude(x < 0.0f ? -x : x, nearest, midpoints);
-  return x < 0.0f ? kSignedZero - (magnitude > kSignedZero ? kSignedZero : magnitude) : kSignedZero + magnitude;
+template <typename Nearest>
+FASTPEFT_HOST_DEVICE inline int signed_code(float x, const Nearest* nearest, const float* midpoints) {
+  const int bits = std::bit_cast<int>(x), sign = bits >> 31;  // 0 or -1
+  const int magnitude = nearest_magnitude(bits & 0x7fffffff, nearest, midpoints), most = kSignedZero + 1 + sign;
+  return kSignedZero + (((magnitude < most ? magnitude : most) ^ sign) - sign);
 }
 
 // Of a second moment: one above zero never becomes zero, as the first moment over eps would follow.
-FASTPEFT_HOST_DEVICE inline int unsigned_code(float x, float unscaled, const uint8_t* nearest, const float* midpoints) {
-  const int magnitude = nearest_magnitude(x, nearest, midpoints);
-  return magnitude == 0 && unscaled > 0.0f ? 1 : magnitude;
+template <typename Nearest>
+FASTPEFT_HOST_DEVICE inline int unsigned_code(float x, float unscaled, const Nearest* nearest, const float* midpoints) {
+  const int magnitude = nearest_magnitude(std::bit_cast<int>(x), nearest, midpoints);
+  const int least = static_cast<int>(std::bit_cast<int>(unscaled) > 0);
+  return magnitude > least ? magnitude : least;
 }
 
 // What a block's values are multiplied by before they are rounded to codes.

@@ -76,7 +76,6 @@ void launch_update(const AdamWList& list, const AdamWLaunch& rows, const Context
 }  // namespace
 
 void adamw_prepare(const AdamWStepArgs& args, const Context& context) {
-  check_adamw(args);
   AdamWList& list = *args.list;
   write_table(list, args.grads, context);
   const AdamWTable at(list);
@@ -116,6 +115,7 @@ void adamw_update_rows(const AdamWStepArgs& args, int64_t first_row, int64_t row
 }
 
 void adamw_step(const AdamWStepArgs& args, const Context& context) {
+  check_adamw(args);
   if (args.list->arena != nullptr) return adamw_far_step(args, context);
   adamw_prepare(args, context);
   adamw_update_rows(args, 0, std::ssize(args.list->rows), context);

@@ -16,7 +16,6 @@ void adamw_stage(AdamWList& list, Arena& arena) {
 }
 
 void adamw_far_step(const AdamWStepArgs& given, const Context& context) {
-  check_adamw(given);
   AdamWStepArgs args = given;
   const AdamWList& list = *args.list;
   args.grads.clear();

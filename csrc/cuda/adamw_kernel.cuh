@@ -144,22 +144,9 @@ __global__ void __launch_bounds__(kAdamWThreads, 2) adamw_kernel(const __grid_co
 
 // --- 8-bit state -----------------------------------------------------------------------------------------------------
 
-template <bool kSigned>
-struct AdamWMap {
-  float values[256];  // by code
-  float midpoints[256];
-  alignas(16) uint8_t nearest[(kDynamicBins + 15) / 16 * 16];
-
-  constexpr AdamWMap() : values{}, midpoints{}, nearest{} {
-    const DynamicMap<kSigned> map;
-    for (int code = 0; code < 256; ++code) values[code] = map.value(code);
-    for (int i = 0; i < map.kMagnitudes; ++i) midpoints[i] = map.midpoints[i];
-    for (int i = 0; i < kDynamicBins; ++i) nearest[i] = map.nearest[i];
-  }
-};
 struct AdamWMaps {
-  AdamWMap<true> first;
-  AdamWMap<false> second;
+  DynamicMap<true> first;
+  DynamicMap<false> second;
 };
 static_assert(sizeof(AdamWMaps) % 16 == 0);
 static __device__ const AdamWMaps kAdamWMaps{};

@@ -78,7 +78,7 @@ struct AdamWList {
   std::vector<AdamWTensor> tensors;
   DType param_dtype;
   bool eight_bit;
-  size_t given;           // rows; a staged list has more, or none of those without elements
+  size_t given = 0;       // rows; a staged list has more, or none of those without elements
   void* table = nullptr;  // on the device, for CUDA alone; its size: common/adamw_table.h
 
   // Of state on the host alone (adamw_stage): rows are pieces whose state is at addresses of slots.
