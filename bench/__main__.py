@@ -110,9 +110,10 @@ def _suite_names(given: list[str]) -> list[str]:
 
 
 def _roofs_line(roofs: Roofs) -> str:
+    link = f", link {roofs.link / 1e9:.3g} GB/s each way at once" if roofs.link else ""
     return (
         f"roofs     read {roofs.read / 1e9:.0f} GB/s, copy {roofs.copy / 1e9:.0f} GB/s, "
-        f"bf16 matmul {roofs.matmul / 1e12:.3g} TFLOP/s (measured now)"
+        f"bf16 matmul {roofs.matmul / 1e12:.3g} TFLOP/s{link} (measured now)"
     )
 
 

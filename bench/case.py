@@ -121,11 +121,13 @@ class Work:
         bytes: every input read once and every output written once.
         flops: floating-point operations of its matrix products; 0 when there are none.
         memory: the bandwidth that bounds it: ``read`` when it mostly reads, ``copy`` when it also writes.
+        link_bytes: what has to come from host memory, while as much goes back there; 0 for nothing.
     """
 
     bytes: int
     flops: int = 0
     memory: Literal["read", "copy"] = "read"
+    link_bytes: int = 0
 
 
 @dataclass(frozen=True)

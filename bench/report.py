@@ -98,13 +98,18 @@ def record(row: Row, suite: str, environment: Environment, roofs: Roofs) -> dict
         "check": None,
         "work": None,
         "roof": None,
-        "roofs": {"read_bytes_s": roofs.read, "copy_bytes_s": roofs.copy, "matmul_flops_s": roofs.matmul},
+        "roofs": {
+            "read_bytes_s": roofs.read,
+            "copy_bytes_s": roofs.copy,
+            "matmul_flops_s": roofs.matmul,
+            "link_bytes_s": roofs.link,
+        },
         "environment": environment.as_dict(),
     }
     if row.bar is not None:
         result["check"] = {"measure": row.bar.measure, "tolerance": row.bar.tolerance}
     if row.work is not None:
-        result["work"] = {"bytes": row.work.bytes, "flops": row.work.flops}
+        result["work"] = {"bytes": row.work.bytes, "flops": row.work.flops, "link_bytes": row.work.link_bytes}
         if row.ours.times is not None:
             reached = attained(row.work, row.ours.times.median, roofs)
             result["roof"] = {"name": reached.roof, "rate": reached.rate, "fraction": reached.fraction}

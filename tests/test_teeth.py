@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fastpeft.ops import cross_entropy, linear_loss, lora, native, nf4
-from fastpeft.optim import adamw
+from fastpeft.ops.adamw import AdamWList
+from fastpeft.optim import AdamW, base, formats
 
 Patch = pytest.MonkeyPatch
 Run = Callable[[], Any]
@@ -47,10 +48,33 @@ def forget_the_offset(patch: Patch) -> None:
 
 def change_an_adamw_option(**changed: Any) -> Callable[[Patch], None]:
     def sabotage(patch: Patch) -> None:
-        original = adamw.adamw_
-        patch.setattr(adamw, "adamw_", lambda *lists, **options: original(*lists, **{**options, **changed}))
+        original = AdamWList.step_at
+        patch.setattr(AdamWList, "step_at", lambda *given, **options: original(*given, **{**options, **changed}))
 
     return sabotage
+
+
+def begin_at_a_late_step(patch: Patch) -> None:
+    original = AdamW._create_state
+
+    def broken(self: AdamW, entries: Any) -> None:
+        original(self, entries)
+        for entry in entries:
+            self.state[entry.param]["step"].fill_(1e7)
+
+    patch.setattr(AdamW, "_create_state", broken)
+
+
+def clip_by_another_norm(patch: Patch) -> None:
+    original = base.adamw_gradient_norm_at
+    patch.setattr(
+        base, "adamw_gradient_norm_at", lambda *given, max_norm, **rest: original(*given, max_norm=2 * max_norm, **rest)
+    )
+
+
+def forget_the_scales(patch: Patch) -> None:
+    original = formats.decode
+    patch.setattr(formats, "decode", lambda codes, absmax, values: original(codes, torch.ones_like(absmax), values))
 
 
 def forget_the_base_gradient(patch: Patch) -> None:
@@ -121,7 +145,9 @@ GROUP = running("ops.test_lora", "test_group", torch.float32, 16, 0.3, "nf4", "c
 NORM = running("ops.test_rms_norm", "test_forward_and_backward", torch.float32, (3, 40), "gemma", True, "cpu")
 ROTARY = running("ops.test_rope", "test_forward_and_backward", torch.float32, (1, 4, 2, 5, 24, 16), True, "view", "cpu")
 GATED = running("ops.test_glu", "test_forward_and_backward", torch.float32, "geglu-none", (3, 40), "cpu")
-STEPS = running("optim.test_adamw", "test_a_thousand_steps_follow_torch", False, "cpu")
+STEPS = running("optim.test_adamw", "test_a_thousand_steps_follow_torch", False, 10, "cpu")
+CLIPPING = running("optim.test_gradient_norm", "test_clipping_is_that_of_torch", 1.0, "cpu")
+BITS_OF_STATE = running("optim.test_state_dicts", "test_codes_of_another_map_are_read_by_it")
 BY_HAND_LOSS = running("ops.test_cross_entropy", "test_a_row_worked_out_by_hand", "cpu")
 LOSS = running("ops.test_cross_entropy", "test_loss_and_gradients", torch.bfloat16, "t37-k64-v96", "mean", "all", "cpu")
 CHUNKS = running("ops.test_cross_entropy", "test_chunks", torch.bfloat16, "mean", 64, "cpu")
@@ -131,7 +157,9 @@ CASES: dict[str, tuple[Callable[[Patch], None], Run]] = {
     "swapped nibbles, against bitsandbytes": (swap_nibbles, BITS),
     "dropped tail": (drop_the_tail, BITS),
     "forgotten offset": (forget_the_offset, BITS),
-    "no bias correction": (change_an_adamw_option(step=10**9), STEPS),
+    "no bias correction": (begin_at_a_late_step, STEPS),
+    "clipping at twice the norm": (clip_by_another_norm, CLIPPING),
+    "no scales of 8-bit state": (forget_the_scales, BITS_OF_STATE),
     "no weight decay": (change_an_adamw_option(weight_decay=0.0), STEPS),
     "descent for ascent": (change_an_adamw_option(maximize=True), STEPS),
     "no base gradient": (forget_the_base_gradient, LORA),

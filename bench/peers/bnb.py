@@ -1,4 +1,4 @@
-"""bitsandbytes: NF4 with double quantisation, block size 64, and its 32-bit AdamW."""
+"""bitsandbytes: NF4 with double quantisation, block size 64, and its AdamWs."""
 
 from __future__ import annotations
 
@@ -90,15 +90,19 @@ def linear4bit(w: Tensor) -> torch.nn.Module:
     return layer
 
 
-def adamw32bit(params: Sequence[torch.nn.Parameter], **hyper: Any) -> torch.optim.Optimizer:
-    """AdamW with fp32 state on the GPU; its steps, which run on the default stream, in order with the caller's."""
-    params = list(params)
-    optimizer: torch.optim.Optimizer = require("bitsandbytes").optim.AdamW32bit(params, **hyper)
-    step = optimizer.step
+def adamw(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """One of its AdamWs, by the name of its class; its steps, which run on the default stream, in order with ours."""
 
-    def ordered_step() -> None:
-        with _ordered(params[0].device):
-            step()
+    def make(params: Sequence[torch.nn.Parameter], **hyper: Any) -> torch.optim.Optimizer:
+        params = list(params)
+        optimizer: torch.optim.Optimizer = getattr(require("bitsandbytes").optim, name)(params, **hyper)
+        step = optimizer.step
 
-    optimizer.step = ordered_step  # type: ignore[method-assign, assignment]
-    return optimizer
+        def ordered_step() -> None:
+            with _ordered(params[0].device):
+                step()
+
+        optimizer.step = ordered_step  # type: ignore[method-assign, assignment]
+        return optimizer
+
+    return make

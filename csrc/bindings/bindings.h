@@ -36,6 +36,7 @@ void bind_nf4_linear(pybind11::module_& m);
 void bind_lora(pybind11::module_& m);
 void bind_dropout(pybind11::module_& m);
 void bind_adamw(pybind11::module_& m);
+void bind_arena(pybind11::module_& m);
 void bind_rms_norm(pybind11::module_& m);
 void bind_rope(pybind11::module_& m);
 void bind_glu(pybind11::module_& m);

@@ -49,6 +49,7 @@ PYBIND11_MODULE(_C, m) {
   fastpeft::bindings::bind_nf4_linear(m);
   fastpeft::bindings::bind_lora(m);
   fastpeft::bindings::bind_dropout(m);
+  fastpeft::bindings::bind_arena(m);
   fastpeft::bindings::bind_adamw(m);
   fastpeft::bindings::bind_rms_norm(m);
   fastpeft::bindings::bind_rope(m);

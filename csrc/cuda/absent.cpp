@@ -1,6 +1,7 @@
 // Stands in for the CUDA backend in a build without nvcc: every call says so.
 #include "common/error.h"
 #include "fastpeft/adamw.h"
+#include "fastpeft/arena.h"
 #include "fastpeft/cross_entropy.h"
 #include "fastpeft/dropout.h"
 #include "fastpeft/glu.h"
@@ -29,7 +30,9 @@ void dropout(const DropoutArgs&, const Context&) { refuse("dropout"); }
 void lora_project(const LoraProjectArgs&, const Context&) { refuse("lora_project"); }
 void lora_backward(const LoraBackwardArgs&, const Context&) { refuse("lora_backward"); }
 void lora_gradient(const LoraGradientArgs&, const Context&) { refuse("lora_gradient"); }
-void adamw(const AdamWArgs&, const Context&) { refuse("adamw"); }
+void adamw_norm(const AdamWNormArgs&, const Context&) { refuse("adamw_norm"); }
+void adamw_step(const AdamWStepArgs&, const Context&) { refuse("adamw"); }
+void adamw_stage(AdamWList&, Arena&) { refuse("adamw"); }
 void rms_norm(const RmsNormArgs&, const Context&) { refuse("rms_norm"); }
 void rms_norm_backward(const RmsNormBackwardArgs&, const Context&) { refuse("rms_norm"); }
 void rope(const RopeArgs&, const Context&) { refuse("rope"); }
@@ -38,5 +41,15 @@ void glu_backward(const GluBackwardArgs&, const Context&) { refuse("glu"); }
 void cross_entropy(const CrossEntropyArgs&, const Context&) { refuse("cross_entropy"); }
 void cross_entropy_backward(const CrossEntropyBackwardArgs&, const Context&) { refuse("cross_entropy_backward"); }
 void scale(const ScaleArgs&, const Context&) { refuse("scale"); }
+
+struct Arena::State {};
+Arena::Arena(int64_t, ArenaMode, int64_t) { refuse("Arena"); }
+Arena::~Arena() = default;
+ArenaMode Arena::default_mode() { refuse("Arena"); }
+int64_t Arena::bytes() const { refuse("Arena"); }
+ArenaMode Arena::mode() const { refuse("Arena"); }
+ArenaView Arena::view(int64_t, int64_t) const { refuse("Arena"); }
+const std::vector<bool>& Arena::on_device() const { refuse("Arena"); }
+void Arena::move(int64_t, int64_t, bool, const Context&) { refuse("Arena"); }
 
 }  // namespace fastpeft::cuda

@@ -6,6 +6,7 @@ threads as torch uses (CPU). Reading the raw stream costs 0.3 us where ``torch.c
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
@@ -47,6 +48,37 @@ def nf4_levels() -> list[float]:
     """The sixteen NF4 levels, by code."""
     levels: list[float] = _C.nf4_levels()
     return levels
+
+
+def dynamic_map(signed: bool) -> list[float]:
+    """The 256 values of an 8-bit dynamic map, by code, ascending."""
+    values: list[float] = _C.dynamic_map(signed)
+    return values
+
+
+ADAMW_SUMS: int = _C.ADAMW_SUMS  # float32 words that the norm of gradients works in
+
+
+def adamw_list(*arguments: Any) -> Any:
+    """Tensors that AdamW steps together, as the native core knows them (csrc/include/fastpeft/adamw.h)."""
+    return _C.AdamWList(*arguments)
+
+
+def arena(nbytes: int, mode: str | None, slot_bytes: int) -> Any:
+    """Pages of device or host memory on the current device (csrc/include/fastpeft/arena.h)."""
+    return _C.Arena(nbytes, mode or "", slot_bytes)
+
+
+def stream_context(device: torch.device) -> Any:
+    """The caller's stream on a CUDA device, as native calls take it."""
+    return _C.Context(stream=torch._C._cuda_getCurrentRawStream(device.index))
+
+
+def host_bytes(address: int, nbytes: int, owner: object) -> Tensor:
+    """Host memory of the native core as a uint8 tensor that keeps its owner alive."""
+    buffer = (ctypes.c_ubyte * nbytes).from_address(address)
+    buffer.owner = owner  # type: ignore[attr-defined]
+    return torch.frombuffer(buffer, dtype=torch.uint8)
 
 
 class LinearPlan(NamedTuple):
@@ -216,8 +248,7 @@ def call(function: str, where: Tensor, *arguments: Any) -> None:
 def call_cuda(function: str, where: Tensor, *arguments: Any) -> None:
     """Run a native function that only CUDA has; the context is appended to its arguments."""
     native: Callable[..., None] = getattr(_C, function)
-    index = where.device.index
-    context = _C.Context(stream=torch._C._cuda_getCurrentRawStream(index))
+    index, context = where.device.index, stream_context(where.device)
     if index == torch._C._cuda_getDevice():
         native(*arguments, context)
     else:

@@ -187,16 +187,7 @@ class NF4Weight:
 def dynamic_map(device: torch.device) -> Tensor:
     """The signed 8-bit dynamic map: 256 values from about -0.993 to 1, dense near zero; one tensor a device.
 
-    Seven exponents; exponent ``e`` (from -6 to 0) holds the means of ``2**(e + 6)`` equal intervals of [0.1, 1], times
-    ``10**e``, with both signs; then 0 and 1.
-
     Source:
         8-bit optimizers via block-wise quantization, arXiv 2110.02861, section 1.3.
     """
-    values = [0.0, 1.0]
-    for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
-        means = (edges[:-1] + edges[1:]) / 2.0
-        values += (10 ** (exponent - 6) * means).tolist()
-        values += (-(10 ** (exponent - 6)) * means).tolist()
-    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+    return torch.tensor(native.dynamic_map(signed=True), dtype=torch.float32, device=device)

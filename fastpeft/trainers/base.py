@@ -7,6 +7,7 @@ What changes:
 - metrics are summed on the device and read when they are logged (`metrics`);
 - a resumed run has the intervals of its options of now, and none of its steps twice (`resume`);
 - the last step is always logged, and SIGTERM and Ctrl-C end with a checkpoint (`preemption`);
+- where a paged optimizer has state on the GPU, a step that runs out of memory runs again without it (`out_of_memory`);
 - progress is one line (`progress`), and a schedule that would teach nothing is told of.
 
 One wait for the device per optimizer step is left: whether the step is finite must be known before the optimizer runs.
@@ -22,6 +23,7 @@ import json
 import logging
 import signal
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,11 +35,12 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
 from fastpeft.errors import UserError
-from fastpeft.optim import AdamW
+from fastpeft.optim import AdamW, AdamW8bit, PagedAdamW, PagedAdamW8bit
 from fastpeft.trainers import checkpoint
 from fastpeft.trainers.checks import check_model, check_transformers
 from fastpeft.trainers.config import BaseConfig
 from fastpeft.trainers.metrics import LogLastStep, Meter, MetricsFile, Stopwatch, memory_bytes
+from fastpeft.trainers.out_of_memory import StepAgain
 from fastpeft.trainers.preemption import StopOnSignal
 from fastpeft.trainers.progress import ProgressLine
 from fastpeft.trainers.resume import AlreadyTrained, ResumeAsAsked, without_mismatch_warning
@@ -46,6 +49,12 @@ from fastpeft.trainers.weights import load_weights, save_weights
 
 logger = logging.getLogger(__name__)
 
+_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adamw": AdamW,
+    "adamw_8bit": AdamW8bit,
+    "paged_adamw": PagedAdamW,
+    "paged_adamw_8bit": PagedAdamW8bit,
+}
 _HOPELESS = 20  # skipped steps in a row after which a run is given up: it learns nothing
 
 
@@ -92,10 +101,6 @@ class BaseTrainer(Trainer):
             )
         self.args = args
         self.processing_class = processing_class
-        adamw = None
-        if args.optimizer == "adamw" and optimizers[0] is None:
-            betas = (args.adam_beta1, args.adam_beta2)
-            adamw = AdamW, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
         super().__init__(
             model,
             args,
@@ -105,7 +110,7 @@ class BaseTrainer(Trainer):
             data_collator=data_collator or self.default_collator(),
             callbacks=[ResumeAsAsked(), *(callbacks or ())],  # first: the others see a state that is settled
             optimizers=optimizers,
-            optimizer_cls_and_kwargs=adamw,
+            optimizer_cls_and_kwargs=_optimizer(args) if optimizers[0] is None else None,
         )
         self.model_accepts_loss_kwargs = True  # compute_loss divides by num_items_in_batch itself
         self.meter = Meter(args.device)
@@ -114,6 +119,7 @@ class BaseTrainer(Trainer):
         self._skipped_in_a_row = 0
         self._step_loss: Tensor | None = None
         self._stopwatch: Stopwatch | None = None
+        self._step_again = StepAgain(self.meter, self.accelerator.num_processes)
         self._stop_signal = StopOnSignal()
         self._progress = ProgressLine()
         self.remove_callback(PrinterCallback)
@@ -202,6 +208,22 @@ class BaseTrainer(Trainer):
             raise KeyboardInterrupt
         raise SystemExit(128 + received)
 
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """Make the optimizer; its messages name parameters as the model does.
+
+        Args:
+            model: whose parameters to take; the trainer's own if None.
+        Returns:
+            The optimizer.
+        """
+        optimizer = super().create_optimizer(model)
+        if type(optimizer) in _OPTIMIZERS.values():
+            names = {id(p): name for name, p in (self.model if model is None else model).named_parameters()}
+            for group in optimizer.param_groups:
+                if "param_names" not in group and all(id(p) in names for p in group["params"]):
+                    group["param_names"] = [names[id(p)] for p in group["params"]]
+        return optimizer
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Make the learning rate's schedule; a fraction of warm-up never takes up a short run as a whole.
 
@@ -231,10 +253,11 @@ class BaseTrainer(Trainer):
         return scheduler
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Run forward and backward of one micro-batch."""
+        """Run forward and backward of one micro-batch; once more if memory runs out and there is some to be had."""
         if self._stopwatch is None:
             self._stopwatch = Stopwatch()
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        micro_batch = partial(super().training_step, model, inputs, num_items_in_batch)
+        loss = self._step_again.run(micro_batch, model, self.optimizer, first=self._step_loss is None)
         self._step_loss = loss if self._step_loss is None else self._step_loss + loss
         # transformers keeps a running sum that a single NaN would spoil for the rest of the run; ours is what is logged
         return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
@@ -401,6 +424,17 @@ class BaseTrainer(Trainer):
         folder = Path(self.state.best_model_checkpoint)
         checkpoint.verify(folder)
         load_weights(self.model, folder)
+
+
+def _optimizer(args: BaseConfig) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+    """The optimizer that the options name, with its arguments; None for one of transformers' own."""
+    if args.optimizer not in _OPTIMIZERS:
+        return None
+    betas = (args.adam_beta1, args.adam_beta2)
+    options: dict[str, Any] = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
+    if args.optim_device_budget_gb is not None:
+        options["device_budget_bytes"] = round(args.optim_device_budget_gb * 1e9)
+    return _OPTIMIZERS[args.optimizer], options
 
 
 def _is_always_zero(scheduler: Any, steps: int) -> bool:

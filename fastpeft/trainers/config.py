@@ -13,6 +13,7 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import integration_utils
 from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from fastpeft.errors import UserError, did_you_mean
 
@@ -27,8 +28,17 @@ _UNSUPPORTED = {
     "use_liger_kernel": "leave it out",
 }
 _SCHEDULES = tuple(kind.value for kind in SchedulerType)
+_OPTIMS = tuple(name.value for name in OptimizerNames)
 _SCHEDULES_WITHOUT_KWARGS = ("constant", "constant_with_warmup")  # get_scheduler drops theirs without a word
-_CHOICES = {"optimizer": ("adamw", "torch"), "on_nonfinite": ("skip", "raise"), "lr_scheduler_type": _SCHEDULES}
+# What `optimizer` can be, and the name of `optim` in transformers that stands for it. "torch" leaves it to `optim`.
+_OPTIMIZERS = {
+    "adamw": "adamw_torch_fused",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
+_OPTIM_ALIASES = {"adamw_8bit": "adamw_bnb_8bit", "paged_adamw": "paged_adamw_32bit"}
+_CHOICES = {"optimizer": (*_OPTIMIZERS, "torch"), "on_nonfinite": ("skip", "raise"), "lr_scheduler_type": _SCHEDULES}
 
 
 # What a number has to be, in words and as a test.
@@ -58,6 +68,7 @@ _RULES: dict[str, _Rule] = {
         lambda value: (value >= 1 or value == -1) and value % 1 == 0,
     ),
     "neftune_noise_alpha": _FROM_0,
+    "optim_device_budget_gb": _FROM_0,
     "per_device_eval_batch_size": _COUNT,
     "per_device_train_batch_size": _COUNT,
     "save_steps": _EVERY,
@@ -77,7 +88,13 @@ class BaseConfig(TrainingArguments):
     the dtype the model was loaded in; ``bf16=True`` runs a float32 model under autocast, on a GPU or a CPU.
 
     Args:
-        optimizer: ``"adamw"`` for `fastpeft.optim.AdamW`; ``"torch"`` for whatever ``optim`` names.
+        optimizer: ``"adamw"`` for `fastpeft.optim.AdamW`, ``"adamw_8bit"``, ``"paged_adamw"`` and
+            ``"paged_adamw_8bit"`` for its siblings; ``"torch"`` for what ``optim`` names in transformers. None goes by
+            ``optim``: its names of bitsandbytes' AdamW (``"adamw_8bit"``, ``"paged_adamw_32bit"``, ...) mean the
+            siblings, which need no bitsandbytes, every other name what it means in transformers; ``"adamw"`` if neither
+            is given.
+        optim_device_budget_gb: with a paged optimizer, 10^9 bytes of its state that may be on the GPU; None for as much
+            as there is room for.
         on_nonfinite: a step whose loss or gradient norm is NaN or infinite never changes the weights. ``"skip"`` drops
             the step and counts it in the metric ``skipped_steps``; ``"raise"`` stops the run.
         progress: show a live line on a terminal, plain lines elsewhere; False prints nothing.
@@ -102,11 +119,19 @@ class BaseConfig(TrainingArguments):
     ddp_find_unused_parameters: bool | None = False  # True costs a walk over the graph in every step
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
     gradient_checkpointing_kwargs: Any = None
-    optimizer: str = field(default="adamw", metadata={"help": "'adamw' (fastpeft) or 'torch' (as optim says)"})
+    optim: Any = field(default=None, metadata={"help": "transformers' name of an optimizer; see optimizer"})
+    optimizer: str | None = field(
+        default=None,
+        metadata={"help": "'adamw', 'adamw_8bit', 'paged_adamw', 'paged_adamw_8bit', or 'torch' (as optim says)"},
+    )
+    optim_device_budget_gb: float | None = field(
+        default=None, metadata={"help": "GB of a paged optimizer's state that may be on the GPU"}
+    )
     on_nonfinite: str = field(default="skip", metadata={"help": "'skip' or 'raise'"})
     progress: bool = field(default=True, metadata={"help": "show progress on the terminal"})
 
     def __post_init__(self) -> None:
+        self._resolve_optimizer()
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 self._refuse(
@@ -134,6 +159,24 @@ class BaseConfig(TrainingArguments):
         value = getattr(self, name)
         value = value.value if isinstance(value, SchedulerType) else value
         raise UserError(f"{type(self).__name__}: {name} is {value!r}; {reason}")
+
+    def _resolve_optimizer(self) -> None:
+        """Settle `optimizer` and `optim`, which both may name one; afterwards both do, and name the same."""
+        optim = getattr(self.optim, "value", self.optim)
+        optim = _OPTIM_ALIASES.get(optim, optim)
+        named = next((ours for ours, theirs in _OPTIMIZERS.items() if theirs == optim), None)
+        if optim is not None and optim not in _OPTIMS:
+            self._refuse("optim", f"it must be one of transformers' names{did_you_mean(str(optim), _OPTIMS)}")
+        if self.optimizer is None:
+            # The name of transformers' default means what it says where somebody wrote it.
+            ours = "adamw" if optim is None else "torch" if named == "adamw" else named or "torch"
+            self.optimizer = ours
+        elif self.optimizer in _OPTIMIZERS and named not in (self.optimizer, "adamw") and optim is not None:
+            self._refuse("optim", f"and optimizer is {self.optimizer!r}, which is another one; give one of the two")
+        default = _OPTIMIZERS["adamw"]
+        self.optim = _OPTIMIZERS.get(self.optimizer, optim or default)
+        if self.optim_device_budget_gb is not None and not self.optimizer.startswith("paged"):
+            self._refuse("optim_device_budget_gb", f"it is for paged optimizers, and optimizer is {self.optimizer!r}")
 
     def _check_ranges(self) -> None:
         for name, (words, holds) in _RULES.items():

@@ -65,8 +65,8 @@ class Meter:
         self._sums, self._weights = {}, {}
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """What was added since the last reset, for a checkpoint."""
-        return {"sums": self._sums, "weights": self._weights}
+        """What was added since the last reset, for a checkpoint; adding more does not change it."""
+        return {"sums": dict(self._sums), "weights": dict(self._weights)}
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Go on from a `state_dict`."""
@@ -76,7 +76,7 @@ class Meter:
     def _accumulate(self, table: dict[str, Tensor], name: str, amount: Tensor | float) -> None:
         if name not in table:
             table[name] = torch.zeros((), dtype=torch.float64, device=self._device)
-        table[name] += amount.detach() if isinstance(amount, Tensor) else amount
+        table[name] = table[name] + (amount.detach() if isinstance(amount, Tensor) else amount)
 
 
 class Stopwatch:

@@ -31,7 +31,7 @@ def save_state(tree: Any, folder: Path, name: str) -> None:
         TypeError: the tree holds something else; the message says where.
     """
     tensors: dict[str, Tensor] = {}
-    encoded = _encode(tree, tensors, name)
+    encoded = _encode(tree, tensors, {}, name)
     if tensors:
         save_file(tensors, folder / f"{name}.safetensors")
     (folder / f"{name}.json").write_text(json.dumps(encoded), encoding="utf-8")
@@ -65,20 +65,22 @@ def restore_rng(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _encode(tree: Any, tensors: dict[str, Tensor], place: str) -> Any:
+def _encode(tree: Any, tensors: dict[str, Tensor], keys: dict[int, str], place: str) -> Any:
+    """Give a tree as JSON; a tensor that stands in several places (bitsandbytes' maps do) is stored once."""
     if isinstance(tree, Tensor):
-        key = str(len(tensors))
-        tensors[key] = _storable(tree)
-        return {"tensor": key}
+        if id(tree) not in keys:
+            keys[id(tree)] = str(len(tensors))
+            tensors[keys[id(tree)]] = _storable(tree)
+        return {"tensor": keys[id(tree)]}
     if isinstance(tree, dict):
         return {
             "dict": [
-                [_encode(key, tensors, f"{place} (a key)"), _encode(value, tensors, f"{place}[{key!r}]")]
+                [_encode(key, tensors, keys, f"{place} (a key)"), _encode(value, tensors, keys, f"{place}[{key!r}]")]
                 for key, value in tree.items()
             ]
         }
     if isinstance(tree, (list, tuple)):
-        items = [_encode(item, tensors, f"{place}[{index}]") for index, item in enumerate(tree)]
+        items = [_encode(item, tensors, keys, f"{place}[{index}]") for index, item in enumerate(tree)]
         return {"tuple": items} if isinstance(tree, tuple) else items
     if isinstance(tree, np.generic):
         tree = tree.item()

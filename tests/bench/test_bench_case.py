@@ -23,7 +23,7 @@ def test_label_and_id_read_as_documented() -> None:
 
 
 def test_registry_has_the_suites_by_their_names() -> None:
-    assert list(SUITES) == ["nf4_quant", "nf4_gemm", "lora", "blocks", "adamw", "loss"]
+    assert list(SUITES) == ["nf4_quant", "nf4_gemm", "lora", "blocks", "adamw", "paged_adamw", "loss"]
     assert all(name == suite.name for name, suite in SUITES.items())
 
 
@@ -45,7 +45,7 @@ def test_gpu_cases_cover_what_the_suites_promise() -> None:
     lora = SUITES["lora"].select("cuda")
     assert [case.op for case in lora] == ["lora"] * 3 * 2 * 2 * 2 + ["lora_group"] * 2 * 2 * 2
     adamw = SUITES["adamw"].select("cuda")
-    assert [case.sizes["tensors"] for case in adamw] == [1, 1, 1, 448]
+    assert [case.sizes["tensors"] for case in adamw] == [1, 1, 1, 1, 1, 448, 448]
 
 
 def test_filter_matches_ids_and_labels() -> None:

@@ -133,7 +133,7 @@ def test_record_has_everything_and_is_one_json_line(tmp_path: Path) -> None:
     assert loaded["schema"] == 1
     assert loaded["case"] == "nf4_gemm-m16-n4096-k4096-bf16"
     assert loaded["sizes"] == {"m": 16, "n": 4096, "k": 4096}
-    assert loaded["work"] == {"bytes": 8_568_000, "flops": 2 * 16 * 4096 * 4096}
+    assert loaded["work"] == {"bytes": 8_568_000, "flops": 2 * 16 * 4096 * 4096, "link_bytes": 0}
     assert loaded["fastpeft"]["time_us"] == {"p20": 5.0, "median": 5.04, "p80": 5.3}
     assert loaded["fastpeft"]["error"] == 3e-3
     assert loaded["check"] == {"measure": "relative error", "tolerance": 1e-2}

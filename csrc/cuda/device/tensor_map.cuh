@@ -3,24 +3,9 @@
 
 #include <cuda.h>
 
-#include "cuda/device/launch.cuh"
+#include "cuda/device/driver.cuh"
 
 namespace fastpeft::cuda {
-
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-// Asked of the driver at run time, so that the module links to no libcuda and loads where there is none.
-inline EncodeTiled encode_tiled() {
-  static const EncodeTiled found = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    FASTPEFT_CUDA_CHECK(
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result));
-    check(result == cudaDriverEntryPointSuccess, "the driver has no cuTensorMapEncodeTiled; update it");
-    return reinterpret_cast<EncodeTiled>(function);
-  }();
-  return found;
-}
 
 // [rows, columns] elements of `type`, `bytes` each, in boxes of box_rows by box_columns; `row_pitch` elements from row
 // to row, 0: as many as there are columns.
@@ -32,9 +17,9 @@ inline CUtensorMap tensor_map(CUtensorMapDataType type, int bytes, CUtensorMapSw
                                static_cast<cuuint64_t>(bytes)};
   const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[2] = {1, 1};
-  const CUresult status =
-      encode_tiled()(&map, type, 2, const_cast<void*>(data), sizes, pitch, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                     swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult status = FASTPEFT_DRIVER(cuTensorMapEncodeTiled)(
+      &map, type, 2, const_cast<void*>(data), sizes, pitch, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     throw CudaError(concat("cuTensorMapEncodeTiled of [", rows, ", ", columns, "] failed with status ",
                            static_cast<int>(status), " (", __FILE__, ":", __LINE__, ")"));
