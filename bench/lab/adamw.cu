@@ -101,7 +101,7 @@ void check_steps(const char* name, std::vector<int64_t> numels, int64_t shift, b
         wrong += std::pow(number(p_after[j]) - exact, 2), reached += std::pow(exact - p, 2);
         if (!eight_bit) {
           const auto* floats = reinterpret_cast<const float*>(after.data());
-          wrong_state = std::max({wrong_state, std::fabs(floats[at.offset / 4 + j] - m) / (std::fabs(m) + 1e-6),
+          wrong_state = std::max({wrong_state, std::fabs(floats[at.offset / 4 + j] - m) / (std::fabs(m) + std::fabs(g)),
                                   std::fabs(floats[at.v / 4 + j] - v) / (v + 1e-9)});
         }
       }
@@ -244,7 +244,7 @@ template <typename P>
 void check_far(const char* name, bool eight_bit, bool stochastic) {
   const std::vector<std::byte> near = run_steps<P>(eight_bit, nullptr, 0, stochastic);
   for (const cuda::ArenaMode mode : {cuda::ArenaMode::kPinned, cuda::ArenaMode::kManaged}) {
-    if (mode == cuda::ArenaMode::kManaged && cuda::Arena::default_mode() != mode) continue;
+    if (mode == cuda::ArenaMode::kManaged && !cuda::Arena::has_managed()) continue;
     cuda::Arena arena(64 << 20, mode, 4 << 20);
     for (const size_t near_tensors : {0, 3}) {
       const std::vector<std::byte> far = run_steps<P>(eight_bit, &arena, near_tensors, stochastic);

@@ -173,7 +173,7 @@ int time_paged() {
   const int64_t bytes = int64_t{2} << 30;
   double duplex = 0;
   for (const cuda::ArenaMode mode : {cuda::ArenaMode::kPinned, cuda::ArenaMode::kManaged}) {
-    if (mode == cuda::ArenaMode::kManaged && cuda::Arena::default_mode() != mode) continue;
+    if (mode == cuda::ArenaMode::kManaged && !cuda::Arena::has_managed()) continue;
     cuda::Arena arena(bytes, mode, 8 << 20);
     std::byte* host = arena.view(0, bytes).address;
     const double in = link_rate(timer, host, bytes, true, false), out = link_rate(timer, host, bytes, false, true);
@@ -186,7 +186,7 @@ int time_paged() {
     printf("  moved to the device and back: %.1f GB/s\n", 2e-6 * bytes / away);
   }
   for (const cuda::ArenaMode mode : {cuda::ArenaMode::kPinned, cuda::ArenaMode::kManaged}) {
-    if (mode == cuda::ArenaMode::kManaged && cuda::Arena::default_mode() != mode) continue;
+    if (mode == cuda::ArenaMode::kManaged && !cuda::Arena::has_managed()) continue;
     for (const int64_t slot : {4, 8, 16}) time_far(timer, mode, slot << 20, false, 0, duplex);
     time_far(timer, mode, 16 << 20, false, 8, duplex);
     time_far(timer, mode, 16 << 20, true, 0, duplex);

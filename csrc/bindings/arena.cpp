@@ -12,19 +12,16 @@ namespace {
 using cuda::Arena;
 using cuda::ArenaMode;
 
-std::unique_ptr<Arena> make_arena(int64_t bytes, const std::string& mode, int64_t slot_bytes) {
+std::unique_ptr<Arena> make_arena(int64_t bytes, bool managed, int64_t slot_bytes) {
   const py::gil_scoped_release unlocked;
-  const ArenaMode chosen = mode == "managed"  ? ArenaMode::kManaged
-                           : mode == "pinned" ? ArenaMode::kPinned
-                                              : Arena::default_mode();
-  return std::make_unique<Arena>(bytes, chosen, slot_bytes);
+  return std::make_unique<Arena>(bytes, managed ? ArenaMode::kManaged : ArenaMode::kPinned, slot_bytes);
 }
 
 }  // namespace
 
 void bind_arena(py::module_& m) {
   py::class_<Arena>(m, "Arena")
-      .def(py::init(&make_arena), py::arg("nbytes"), py::arg("mode"), py::arg("slot_bytes"))
+      .def(py::init(&make_arena), py::arg("nbytes"), py::arg("managed"), py::arg("slot_bytes"))
       .def_property_readonly("nbytes", &Arena::bytes)
       .def_property_readonly("managed", [](const Arena& arena) { return arena.mode() == ArenaMode::kManaged; })
       .def("view",

@@ -104,7 +104,7 @@ FASTPEFT_HOST_DEVICE float adamw_update(float p, float m, float v, const AdamWFa
 // Eight elements of a tensor, from one whose index is a multiple of 8, share a call of the generator.
 FASTPEFT_HOST_DEVICE inline Philox4 rounding_bits(int64_t index, uint64_t key) {
   const uint64_t group = static_cast<uint64_t>(index) >> 3;
-  return philox(static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), key);
+  return philox(static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), philox_keys(key));
 }
 
 // Bits of the bfloat16 below or above x, with the probability of its distance to the other.

@@ -17,12 +17,15 @@ struct Philox4 {
 
 constexpr int kPhiloxRounds = 7;
 
-// The keys of all rounds: made on the host, they are constants to a kernel and take no registers.
+// The keys of all rounds. Made on the host they are constants to a kernel and take no registers.
 struct PhiloxKeys {
   uint32_t low[kPhiloxRounds], high[kPhiloxRounds];
 };
-inline PhiloxKeys philox_keys(uint64_t key) {
+FASTPEFT_HOST_DEVICE inline PhiloxKeys philox_keys(uint64_t key) {
   PhiloxKeys keys;
+#ifdef __CUDA_ARCH__
+#pragma unroll
+#endif
   for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
     keys.low[round] = static_cast<uint32_t>(key) + round * 0x9E3779B9;
     keys.high[round] = static_cast<uint32_t>(key >> 32) + round * 0xBB67AE85;

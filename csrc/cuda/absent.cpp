@@ -45,7 +45,7 @@ void scale(const ScaleArgs&, const Context&) { refuse("scale"); }
 struct Arena::State {};
 Arena::Arena(int64_t, ArenaMode, int64_t) { refuse("Arena"); }
 Arena::~Arena() = default;
-ArenaMode Arena::default_mode() { refuse("Arena"); }
+bool Arena::has_managed() { refuse("Arena"); }
 int64_t Arena::bytes() const { refuse("Arena"); }
 ArenaMode Arena::mode() const { refuse("Arena"); }
 ArenaView Arena::view(int64_t, int64_t) const { refuse("Arena"); }

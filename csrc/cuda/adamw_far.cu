@@ -10,6 +10,7 @@
 namespace fastpeft::cuda {
 
 void adamw_stage(AdamWList& list, Arena& arena) {
+  if (arena.mode() == ArenaMode::kManaged) return;
   Arena::Slots& slots = arena.slots();
   adamw_plan_far(list, slots.memory, slots.slot_bytes, kArenaSlots);
   list.arena = &arena;

@@ -178,16 +178,15 @@ Arena::Arena(int64_t bytes, ArenaMode mode, int64_t slot_bytes) {
   check(bytes > 0, "Arena: nbytes is ", bytes, "; it must be positive");
   check(slot_bytes >= kArenaPage && slot_bytes % 256 == 0, "Arena: slot_bytes is ", slot_bytes,
         "; it must be at least ", kArenaPage, " and a multiple of 256");
+  check(mode == ArenaMode::kPinned || has_managed(),
+        "Arena: this device cannot access managed memory beside the host; use pinned memory");
   state_ = std::unique_ptr<State>(
       new State{mode, current_device(), slot_bytes, std::vector<bool>(ceil_div(bytes, kArenaPage))});
   state_->allocate();
 }
 Arena::~Arena() = default;
 
-ArenaMode Arena::default_mode() {
-  return device_attribute(cudaDevAttrConcurrentManagedAccess, current_device()) != 0 ? ArenaMode::kManaged
-                                                                                     : ArenaMode::kPinned;
-}
+bool Arena::has_managed() { return device_attribute(cudaDevAttrConcurrentManagedAccess, current_device()) != 0; }
 
 int64_t Arena::bytes() const { return state_->bytes(); }
 ArenaMode Arena::mode() const { return state_->mode; }

@@ -64,9 +64,9 @@ def adamw_list(*arguments: Any) -> Any:
     return _C.AdamWList(*arguments)
 
 
-def arena(nbytes: int, mode: str | None, slot_bytes: int) -> Any:
+def arena(nbytes: int, managed: bool, slot_bytes: int) -> Any:
     """Pages of device or host memory on the current device (csrc/include/fastpeft/arena.h)."""
-    return _C.Arena(nbytes, mode or "", slot_bytes)
+    return _C.Arena(nbytes, managed, slot_bytes)
 
 
 def stream_context(device: torch.device) -> Any:

@@ -57,7 +57,7 @@ class PagedState(ResidentState):
     _own_options = (*ResidentState._own_options, "device_budget_bytes", "reserve_bytes", "_mode")
     device_budget_bytes: int | None
     reserve_bytes: int
-    _mode: Literal["managed", "pinned"] | None
+    _mode: Literal["managed", "pinned"]
 
     def _reset(self) -> None:
         super()._reset()

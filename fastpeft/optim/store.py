@@ -21,10 +21,10 @@ class Store:
     Args:
         entries: the parameters.
         eight_bit: hold codes with scales, instead of float32.
-        mode: of the arena; None for what the device has.
+        mode: of the arena.
     """
 
-    def __init__(self, entries: Sequence[Entry], eight_bit: bool, mode: Literal["managed", "pinned"] | None) -> None:
+    def __init__(self, entries: Sequence[Entry], eight_bit: bool, mode: Literal["managed", "pinned"]) -> None:
         self.device = entries[0].device
         self.eight_bit = eight_bit
         numels = [entry.shape.numel() for entry in entries]

@@ -24,8 +24,8 @@ PAGE = 16 << 10
 class SimulatedArena:
     page_bytes = PAGE
 
-    def __init__(self, nbytes: int, device: torch.device, mode: str | None = None, *, slot_bytes: int = 0) -> None:
-        self.nbytes, self.mode = -(-nbytes // PAGE) * PAGE, mode or "managed"
+    def __init__(self, nbytes: int, device: torch.device, mode: str = "pinned", *, slot_bytes: int = 0) -> None:
+        self.nbytes, self.mode = -(-nbytes // PAGE) * PAGE, mode
         self.memories = {on_device: torch.zeros(self.nbytes, dtype=torch.uint8) for on_device in (True, False)}
         self._places = [False] * (self.nbytes // PAGE)
 

@@ -136,7 +136,8 @@ namespace cuda {
 void adamw_norm(const AdamWNormArgs& args, const Context& context);
 void adamw_step(const AdamWStepArgs& args, const Context& context);  // of a staged list, on the arena's streams between
 
-// Makes a list of rows whose state lies in an arena's host pages one that is stepped through the arena's slots.
+// Makes a list of rows whose state lies in an arena's host pages one that is stepped through the arena's slots; of a
+// managed arena it is stepped where it lies.
 void adamw_stage(AdamWList& list, Arena& arena);
 }  // namespace cuda
 

@@ -2,8 +2,9 @@
 //
 // Managed  One unified allocation. Pages of the device have it as their preferred location; those of the host have the
 //          host, and are mapped for the device. Moving is prefetching.
-// Pinned   For devices that do not access managed memory at the same time as the host: one range of addresses of the
-//          device, with memory behind the pages that lie there, beside pinned host memory for all of them.
+// Pinned   One range of addresses of the device, with memory behind the pages that lie there, beside pinned host memory
+//          for all of them. Copies of it go at the link's speed, where those of managed memory reach a tenth
+//          (bench/LOG.md, 2026-11-26): what to use, unless host memory for pages of the device is too dear.
 #pragma once
 
 #include <cstddef>
@@ -32,8 +33,8 @@ class Arena {
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
 
-  // What the current device has.
-  static ArenaMode default_mode();
+  // Whether the current device can have a managed one.
+  static bool has_managed();
 
   int64_t bytes() const;
   ArenaMode mode() const;
