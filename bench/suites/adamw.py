@@ -103,8 +103,6 @@ EIGHT_BIT = _Kind(
     state_bytes=2 + 8 / 256,
     tolerance=EIGHT_BIT_TOLERANCE,
 )
-    AdamW8bit, {"torch": torch_optim.adamw, "bnb": bnb.adamw("AdamW8bit")}, 2 + 8 / 256, EIGHT_BIT_TOLERANCE
-)
 
 
 def _prepare(
