@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -267,6 +270,27 @@ def test_stochastic_rounding_is_unbiased_and_seeded(device: str) -> None:
     moved = (1.0 - results[0].double()).mean()
     sigma = math.sqrt(10 * 1e-4 * 2**-8 / n)
     assert abs(float(moved) - 1e-3) < 7 * sigma
+
+
+@pytest.mark.parametrize("level", ["scalar", "avx2"])
+def test_narrower_cpu_units_give_the_same_bits(level: str) -> None:
+    script = (
+        "import torch; from ops.test_adamw import FLOATS, HYPER, Problem; from fastpeft.ops import adamw;"
+        "problems = [Problem('cpu', dtype, eight) for dtype in FLOATS.values() for eight in (False, True)]\n"
+        "for p in problems:\n"
+        "    for step in range(2):\n"
+        "        grads = p.grads()\n"
+        "        adamw.adamw_gradient_norm([grads], p.control, max_norm=1.0)\n"
+        "        p.list.step(grads, p.control, stochastic_rounding=p.dtype == torch.bfloat16, **HYPER)\n"
+        "print([t.double().flatten().cumsum(0).sum().item() for p in problems for t in p.everything()])"
+    )
+
+    def run(value: str) -> str:
+        environment = {**os.environ, "FASTPEFT_CPU": value, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", script]
+        return subprocess.run(command, env=environment, text=True, capture_output=True, check=True).stdout
+
+    assert run(level) == run("")
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
