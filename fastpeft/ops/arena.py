@@ -46,9 +46,7 @@ class Arena:
 
     page_bytes = 2 << 20
 
-    def __init__(
-        self, nbytes: int, device: torch.device, mode: Mode = "pinned", *, slot_bytes: int = 16 << 20
-    ) -> None:
+    def __init__(self, nbytes: int, device: torch.device, mode: Mode = "pinned", *, slot_bytes: int = 16 << 20) -> None:
         if device.type != "cuda":
             raise ValueError(f"Arena: device is {device}; an arena needs a CUDA device")
         if mode not in ("managed", "pinned"):

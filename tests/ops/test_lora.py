@@ -271,7 +271,20 @@ def test_dropout_of_neighbours_is_independent() -> None:
     size, p = 512, 0.4
     first, other = (drop(torch.ones(size, size), p, torch.tensor(seed)) != 0 for seed in (5, 6))
     first, other = first.double() - (1 - p), other.double() - (1 - p)
-    for rows, columns in [(0, 1), (1, 0), (0, 8), (8, 0), (1, 1), (8, 1), (9, 1), (0, 16), (16, 0), (16, 1), (32, 0), (3, 5)]:
+    for rows, columns in [
+        (0, 1),
+        (1, 0),
+        (0, 8),
+        (8, 0),
+        (1, 1),
+        (8, 1),
+        (9, 1),
+        (0, 16),
+        (16, 0),
+        (16, 1),
+        (32, 0),
+        (3, 5),
+    ]:
         product = first[: size - rows, : size - columns] * first[rows:, columns:]
         assert abs(float(product.mean())) < 7 * p * (1 - p) / product.numel() ** 0.5, (rows, columns)
     assert abs(float((first * other).mean())) < 7 * p * (1 - p) / size

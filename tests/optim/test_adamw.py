@@ -253,12 +253,15 @@ def test_runs_on_the_callers_stream() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("make", FAMILY)
 def test_steps_replayed_from_a_graph_are_steps(make: Any) -> None:
-    """With a learning rate on the device, clipping, and a step in between that no graph knows of."""
+    """With a learning rate on the device, clipping, and a step in between that no graph knows of.
+
+    Rates are powers of two: one on the device is float32.
+    """
     shapes = [(300, 70), (5,), (64, 65)]
     ours, expected = parameters("cuda", shapes=shapes), parameters("cuda", shapes=shapes)
-    lr = torch.tensor(1e-2, device="cuda")
+    lr = torch.tensor(2.0**-7, device="cuda")
     options = {"max_grad_norm": 1.0, "weight_decay": 0.1}
-    optimizer, eager = make(ours, lr=lr, **options), make(expected, lr=1e-2, **options)
+    optimizer, eager = make(ours, lr=lr, **options), make(expected, lr=2.0**-7, **options)
     gradients(ours, 0)
     static = [p.grad for p in ours]
     optimizer.step()  # makes the state
@@ -275,7 +278,7 @@ def test_steps_replayed_from_a_graph_are_steps(make: Any) -> None:
     gradients(expected, 0)
     eager.step()
     for step in (1, 2, 3, 4):
-        rate = 1e-2 / step
+        rate = 2.0 ** (-7 - step)
         lr.fill_(rate)
         eager.param_groups[0]["lr"] = rate
         set_static(step)

