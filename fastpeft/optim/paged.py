@@ -39,7 +39,7 @@ class PagedAdamW(PagedState):
         device_budget_bytes: state that may be on each GPU; None for all that it has room for. The attribute can be
             changed at any time, for the steps that follow.
         reserve_bytes: memory of the GPU that state does not come to, for the rest of the program.
-        pinned: hold all state in pinned host memory, with room on the GPU for what is there: stepped at the link's speed.
+        pinned: hold all state in pinned host memory, with room on the GPU for what is there: stepped as the link goes.
             False: in unified memory, of which the host keeps no second copy, at a quarter of that speed.
     Raises:
         ValueError: as for `AdamW`, and for a negative budget or reserve.
