@@ -263,6 +263,9 @@ class _Unpack(ConversionOps):
     def __init__(self, quantizer: NF4Quantizer) -> None:
         self.hf_quantizer = quantizer  # by this name transformers knows not to cast what comes in
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Unpack:
+        return self  # transformers copies the conversion for each weight; what is noted must reach the one quantiser
+
     def convert(self, input_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         stored = {key: _single(value) for key, value in input_dict.items()}
         value = self.hf_quantizer.unpack(kwargs["model"], kwargs["full_layer_name"], stored)
