@@ -72,6 +72,11 @@ def fused_lora_class() -> type[nn.Module]:
         base_layer: Any
         _packed: tuple[NF4Linear, ...] = ()  # what merging has set aside; in a tuple, so that it is no submodule
 
+        def _get_in_out_features(self, module: nn.Module) -> tuple[int, int] | tuple[None, None]:
+            if isinstance(module, NF4Linear):
+                return module.in_features, module.out_features  # PEFT's own finds them too, with a warning
+            return super()._get_in_out_features(module)  # type: ignore[no-any-return]
+
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             name = None if args or kwargs else self._fusable(x)
             if name is None:
