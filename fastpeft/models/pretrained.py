@@ -8,6 +8,7 @@ without a place in the model, of another shape, or not finite.
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -23,6 +24,16 @@ from fastpeft.models.quantize import quantize
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _MOST_LISTED = 8
+# Keywords of from_pretrained that say where the configuration lies.
+_CONFIG_KEYS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "token",
+    "revision",
+    "subfolder",
+    "trust_remote_code",
+)
 
 
 def load_pretrained(
@@ -56,6 +67,7 @@ def load_pretrained(
         source = {"gguf_file": gguf_file} if gguf_file is not None else {}
         passed = {key: value for key, value in kwargs.items() if key in _CONFIG_KEYS}
         config = AutoConfig.from_pretrained(path, **source, **passed)
+    config = copy.deepcopy(config)  # the section that packs it may be exchanged
     if gguf_file is not None:
         kwargs |= {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
     else:
@@ -78,18 +90,6 @@ def load_pretrained(
             model, block_size=packing.block_size, double_quant=packing.double_quant, skip=packing.skip_modules
         ).config.quantization_config.compute_dtype = packing.compute_dtype or model.dtype
     return model  # type: ignore[no-any-return]
-
-
-# Keywords of from_pretrained that say where the configuration lies.
-_CONFIG_KEYS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "token",
-    "revision",
-    "subfolder",
-    "trust_remote_code",
-)
 
 
 def stored_quantization(config: transformers.PretrainedConfig, where: str) -> dict[str, Any] | None:
