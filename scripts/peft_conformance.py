@@ -26,7 +26,12 @@ from torch import nn
 
 from fastpeft.models import stock_peft
 
-SELECTED = "(LoRA or DoRA or IA3) and (MLP or Emb)"
+# Methods of PEFT whose names hold "lora" too are somebody else's.
+OTHERS = [
+    *("GLoRA", "AdaLoRA", "GraLoRA", "RandLoRA", "VeLoRA", "MonteCLoRA", "DeLoRA", "BDLoRA", "LoRAGA", "aLoRA"),
+    *("KaSA", "MiCA"),
+]
+SELECTED = f"(LoRA or DoRA or IA3) and (MLP or Emb) and not ({' or '.join(OTHERS)})"
 
 
 class Substitution:

@@ -307,11 +307,13 @@ def forget_quantizer(model: PreTrainedModel) -> None:
         if name in vars(owner):
             delattr(owner, name)
     model.is_quantized = False  # type: ignore[assignment]
-    model._weight_conversions = [  # type: ignore[assignment]
-        conversion
-        for conversion in getattr(model, "_weight_conversions", None) or []
-        if not any(isinstance(op, _Unpack) for op in getattr(conversion, "operations", ()))
-    ] or None
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is not None:  # saving would run them backwards
+        model._weight_conversions = [  # type: ignore[assignment]
+            conversion
+            for conversion in conversions
+            if not any(isinstance(op, _Unpack) for op in getattr(conversion, "operations", ()))
+        ]
 
 
 def describe(model: PreTrainedModel, config: NF4Config) -> None:
