@@ -46,9 +46,9 @@ class Substitution:
 
         def dispatch(target: nn.Module, adapter_name: str, config: Any, **options: Any) -> nn.Module | None:
             base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
-            made = default(target, adapter_name, config=config, **options)
-            if type(base) is not nn.Linear or type(made).__name__ != "Linear":
-                return made
+            # Not made by PEFT first: the random draws that took would give every test other weights.
+            if type(base) is not nn.Linear or config.fan_in_fan_out or options.get("parameter_name") is not None:
+                return default(target, adapter_name, config=config, **options)
             self.counts["layers substituted"] += 1
             return fused(target, adapter_name, config=config, **options)
 
