@@ -16,6 +16,7 @@ _EXPORTS = {
     "FastpeftError": "fastpeft.errors",
     "LoRALinear": "fastpeft.nn",
     "LoraConfig": "fastpeft.methods",
+    "NF4Config": "fastpeft.models",
     "NF4Linear": "fastpeft.nn",
     "PeftModel": "fastpeft.methods",
     "SFTConfig": "fastpeft.trainers",
@@ -23,8 +24,10 @@ _EXPORTS = {
     "UserError": "fastpeft.errors",
     "accelerate": "fastpeft.models",
     "get_peft_model": "fastpeft.methods",
+    "load_pretrained": "fastpeft.models",
     "quantize": "fastpeft.models",
     "restore": "fastpeft.models",
+    "use_in_peft": "fastpeft.models",
 }
 _ROOMS = ("data", "errors", "methods", "models", "nn", "ops", "optim", "recipes", "trainers")
 

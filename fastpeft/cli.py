@@ -1,4 +1,4 @@
-"""The command line: ``fastpeft sft | generate | plot | info``.
+"""The command line: ``fastpeft sft | generate | quantize | merge | export | plot | info``.
 
 Commands import what they need when they run, so that ``fastpeft --help`` answers at once. A ``UserError`` becomes one
 message and exit code 2; anything else that goes wrong is a defect and keeps its traceback.
@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 import fastpeft
-from fastpeft.errors import UserError
+from fastpeft.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from fastpeft.recipes.generate import Prompt
@@ -30,6 +30,11 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
 
+
+_Dtype = Annotated[str | None, typer.Option(help="auto (the default), bfloat16, float32 or float16.")]
+_ShardSize = Annotated[str, typer.Option(help="Largest weight file.")]
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a model or an adapter that is there.")]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Check, say what would be written, and write nothing.")]
 
 app = typer.Typer(
     name="fastpeft",
@@ -167,6 +172,94 @@ def _refuse_ignored(
         raise UserError("generate: --adapter and --untuned exclude each other; give one of them")
     if prompt is not None and input_file is not None:
         raise UserError("generate: --prompt and --input exclude each other; give one of them")
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Folder, hub id or package:NAME.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    gguf_file: Annotated[str | None, typer.Option(help="The GGUF file in it.")] = None,
+    dtype: _Dtype = None,
+    block_size: Annotated[int, typer.Option(help="Weights that share a scale.")] = 64,
+    double_quant: Annotated[bool, typer.Option(help="Quantise the scales too.")] = True,
+    skip: Annotated[list[str] | None, typer.Option(help="A module to leave dense; may be repeated.")] = None,
+    max_shard_size: _ShardSize = "5GB",
+    overwrite: _Overwrite = False,
+    dry_run: _DryRun = False,
+) -> None:
+    """Pack a model into 4 bits (NF4) and write it as a bitsandbytes checkpoint."""
+    from fastpeft.recipes import Export
+
+    packing = {"block_size": block_size, "double_quant": double_quant, "skip_modules": skip}
+    base = _base(path=model, gguf_file=gguf_file, dtype=dtype, **packing)
+    _export(Export("quantize", out, "nf4", base, None, max_shard_size, overwrite), dry_run)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="An adapter folder, ours or PEFT's.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    model: Annotated[str | None, typer.Option(help="Its base model; by default the one the adapter names.")] = None,
+    gguf_file: Annotated[str | None, typer.Option(help="The GGUF file in the base model.")] = None,
+    dtype: _Dtype = None,
+    quantize: Annotated[str, typer.Option(help="How the base was held in training: nf4 or none.")] = "none",
+    to: Annotated[str, typer.Option(help="What to write: dense or nf4.")] = "dense",
+    max_shard_size: _ShardSize = "5GB",
+    overwrite: _Overwrite = False,
+    dry_run: _DryRun = False,
+) -> None:
+    """Fold an adapter into its base model and write a model that needs no adapter."""
+    from fastpeft.recipes import Export, base_of_adapter
+
+    form = _form("merge", to, "dense", "nf4")
+    path = model or base_of_adapter(adapter, "merge")
+    base = _base(path=path, gguf_file=gguf_file, dtype=dtype, quantize=quantize)
+    _export(Export("merge", out, form, base, adapter, max_shard_size, overwrite), dry_run)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder of 'fastpeft sft'.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    to: Annotated[str, typer.Option(help="What to write: dense (merged), nf4 (merged) or adapter (alone).")] = "dense",
+    original_base: Annotated[
+        bool, typer.Option("--original-base", help="Merge into the base as it was before it was packed.")
+    ] = False,
+    max_shard_size: _ShardSize = "5GB",
+    overwrite: _Overwrite = False,
+    dry_run: _DryRun = False,
+) -> None:
+    """Write the result of a run for other programs."""
+    from dataclasses import replace
+
+    from fastpeft.recipes import Export, run_sources
+
+    form = _form("export", to, "dense", "nf4", "adapter")
+    base, adapter = run_sources(run, "export")
+    base = replace(base, quantize="none") if original_base else base
+    _export(Export("export", out, form, base, adapter, max_shard_size, overwrite), dry_run)
+
+
+def _base(**given: Any) -> Any:
+    """The ``model`` section that options of a command make."""
+    from fastpeft.recipes import read_model_config
+    from fastpeft.recipes.yaml_file import Settings
+
+    stated = {name: value for name, value in given.items() if value is not None}
+    return read_model_config(Settings("command line", {"model": stated}, {}))
+
+
+def _form(command: str, given: str, *known: str) -> Any:
+    if given not in known:
+        raise UserError(f"{command}: --to {given}{did_you_mean(given, known)}; it must be {' or '.join(known)}")
+    return given
+
+
+def _export(export: Any, dry_run: bool) -> None:
+    from fastpeft.recipes import run_export
+
+    for line in run_export(export, dry_run):
+        print(line, flush=True)
 
 
 @app.command()

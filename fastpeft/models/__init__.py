@@ -2,7 +2,23 @@
 
 from fastpeft.models.accelerate import Left, Report, accelerate, report, restore
 from fastpeft.models.causal_lm import has_fused_loss
-from fastpeft.models.quantize import quantize
+from fastpeft.models.nf4_config import NF4Config
+from fastpeft.models.pretrained import load_pretrained
+from fastpeft.models.quantize import dequantize, quantize
 from fastpeft.models.replace import replace_linear
+from fastpeft.models.stock_peft import use_in_peft
 
-__all__ = ["Left", "Report", "accelerate", "has_fused_loss", "quantize", "replace_linear", "report", "restore"]
+__all__ = [
+    "Left",
+    "NF4Config",
+    "Report",
+    "accelerate",
+    "dequantize",
+    "has_fused_loss",
+    "load_pretrained",
+    "quantize",
+    "replace_linear",
+    "report",
+    "restore",
+    "use_in_peft",
+]

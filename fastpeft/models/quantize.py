@@ -1,23 +1,27 @@
-"""Quantise a loaded model in place: ``nn.Linear`` becomes ``NF4Linear``, one layer at a time.
+"""Quantise a loaded model in place: ``nn.Linear`` becomes ``NF4Linear``, one layer at a time; and the way back.
 
 A dense weight is freed before the next one is quantised, so the peak is the loaded model plus the work of one layer,
-and the model shrinks from there. Left dense are the output embedding (its error goes straight into the logits, and it
-is often the input embedding too), any weight that two modules share, and what the caller names.
+and the model shrinks from there. ``choose`` says which layers; a model quantised here saves like one that was
+quantised while it was loaded (``nf4_quantizer``).
 """
 
 from __future__ import annotations
 
-import difflib
-from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import TypeVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import UserError
-from fastpeft.models.replace import replace_linear
-from fastpeft.nn import LoRALinear, NF4Linear
+from fastpeft.models.choose import PACKABLE, choose_layers
+from fastpeft.models.nf4_config import NF4Config
+from fastpeft.models.nf4_quantizer import forget_quantizer, remember_quantizer
+from fastpeft.models.replace import replace_modules
+from fastpeft.nn import NF4Linear
+from fastpeft.ops import nf4_quantize
 from fastpeft.ops.nf4_weight import BLOCK_SIZES
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -27,7 +31,8 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def quantize(model: _Model, *, block_size: int = 64, double_quant: bool = True, skip: Collection[str] = ()) -> _Model:
     """Replace a model's linear layers by 4-bit ones, in place.
 
-    Layers that are quantised already stay as they are, so a second call does nothing.
+    Layers that are quantised already stay as they are, so a second call does nothing. ``save_pretrained`` of a Hugging
+    Face model writes a bitsandbytes checkpoint afterwards.
 
     Args:
         model: a loaded model without adapters.
@@ -46,67 +51,58 @@ def quantize(model: _Model, *, block_size: int = 64, double_quant: bool = True, 
     if block_size not in BLOCK_SIZES:
         raise UserError(f"quantize: block_size={block_size}; must be one of {', '.join(map(str, BLOCK_SIZES))}")
     skip = [skip] if isinstance(skip, str) else list(skip)
-    chosen = _choose(model, skip)
-    replace_linear(
-        model,
-        lambda linear: NF4Linear.from_linear(linear, block_size, double_quant).train(linear.training),
-        lambda name, _: name in chosen,
-    )
+    chosen = choose_layers(model, skip)
+    _check_weights(chosen)
+    names = set(chosen)
+    del chosen  # it would keep every dense weight alive
+
+    def pack(layer: nn.Module) -> nn.Module:
+        weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
+        nf4 = nf4_quantize(weight, block_size, double_quant)  # type: ignore[arg-type]
+        return NF4Linear(nf4, layer.bias).train(layer.training)  # type: ignore[arg-type]
+
+    replace_modules(model, PACKABLE, pack, lambda name, _: name in names)
+    if names and isinstance(model, PreTrainedModel):
+        remember_quantizer(model, NF4Config(block_size=block_size, double_quant=double_quant, skip_modules=skip))
     return model
 
 
-def _choose(model: nn.Module, skip: Iterable[str]) -> set[str]:
-    """Check everything that can go wrong, and name the layers to quantise."""
-    modules = {name: module for name, module in model.named_modules() if name}
-    if any(isinstance(module, LoRALinear) for module in modules.values()):
-        raise UserError("quantize: the model has adapters; quantise first and add adapters then (get_peft_model)")
-    skipped = {name for entry in skip for name in _named(entry, modules)}
-    head = _output_embedding(model)
-    uses = Counter(_memory(p) for module in model.modules() for p in module.parameters(recurse=False))
-    chosen = {
-        name: module
-        for name, module in modules.items()
-        if type(module) is nn.Linear
-        and module is not head
-        and uses[_memory(module.weight)] == 1
-        and not any(name == outer or name.startswith(f"{outer}.") for outer in skipped)
-    }
-    if not chosen and not skipped and not any(isinstance(module, NF4Linear) for module in modules.values()):
-        raise UserError(
-            f"quantize: {type(model).__name__} has no torch.nn.Linear to quantise besides the output embedding and "
-            "shared weights; is it quantised by another library?"
-        )
-    for name, linear in chosen.items():
-        if linear.weight.is_meta:
+def dequantize(model: _Model, dtype: torch.dtype | None = None) -> _Model:
+    """Replace a model's 4-bit layers by dense ones with the values that they stand for, in place, layer by layer.
+
+    Args:
+        model: a model without adapters.
+        dtype: of the dense weights; None for the one each was quantised from.
+    Returns:
+        The same model; its configuration no longer says that it is quantised.
+    """
+
+    def unpack(layer: nn.Module) -> nn.Module:
+        assert isinstance(layer, NF4Linear)
+        dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        dense.weight = nn.Parameter(layer.dequantize(dtype), requires_grad=False)
+        dense.register_parameter("bias", layer.bias)
+        return dense.train(layer.training)
+
+    replace_modules(model, (NF4Linear,), unpack)
+    if isinstance(model, PreTrainedModel):
+        forget_quantizer(model)
+    return model
+
+
+def _check_weights(chosen: dict[str, nn.Module]) -> None:
+    for name, layer in chosen.items():
+        weight = layer.weight
+        assert isinstance(weight, torch.Tensor)
+        if weight.is_meta:
             raise UserError(
                 f"quantize: the weight of '{name}' is on the meta device (not loaded, or offloaded); load the model "
                 "whole first"
             )
-        if linear.weight.dtype not in _DTYPES:
+        if weight.dtype not in _DTYPES:
             raise UserError(
-                f"quantize: '{name}' is {linear.weight.dtype}; NF4 is made from float32, float16 or bfloat16, load the "
+                f"quantize: '{name}' is {weight.dtype}; NF4 is made from float32, float16 or bfloat16, load the "
                 f"model with one of these dtypes or name the layer in skip"
             )
-    return set(chosen)
-
-
-def _memory(parameter: torch.Tensor) -> int:
-    """What two parameters that share a weight have in common."""
-    return parameter.data_ptr() or id(parameter)  # a meta tensor has no address
-
-
-def _named(entry: str, modules: Iterable[str]) -> list[str]:
-    modules = list(modules)
-    names = [name for name in modules if name == entry or name.endswith(f".{entry}")]
-    if not names:
-        leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in modules))
-        near = difflib.get_close_matches(entry, [*leaves, *modules], n=3)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"names end in: {', '.join(leaves[:12])}"
-        raise UserError(f"quantize: skip names '{entry}', which matches no module of the model; {hint}")
-    return names
-
-
-def _output_embedding(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if callable(get) else None
-    return head if isinstance(head, nn.Module) else None
+        if len(weight.shape) != 2:
+            raise UserError(f"quantize: '{name}' has a weight of shape {tuple(weight.shape)}; name it in skip")

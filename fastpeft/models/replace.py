@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 
 def replace_linear(
@@ -24,9 +25,28 @@ def replace_linear(
     Returns:
         Full names of the replaced layers.
     """
+    return replace_modules(model, (nn.Linear,), make, where)  # type: ignore[arg-type]  # the kind narrows the type
+
+
+def replace_modules(
+    model: nn.Module,
+    kinds: tuple[type[nn.Module], ...],
+    make: Callable[[nn.Module], nn.Module],
+    where: Callable[[str, nn.Module], bool] = lambda name, module: True,
+) -> list[str]:
+    """Replace modules of some kinds one by one, as ``replace_linear`` does.
+
+    Args:
+        model: changed in place; itself never replaced.
+        kinds: classes; their subclasses count too.
+        make: builds the replacement from a module.
+        where: chooses modules by full name (the first, for one in several places) and module.
+    Returns:
+        Full names of the replaced modules.
+    """
     replaced = []
-    for names in _places(model, where):
-        new = make(_linear_at(model, names[0]))
+    for names in _places(model, kinds, where):
+        new = make(model.get_submodule(names[0]))
         for name in names:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, new)
@@ -34,16 +54,20 @@ def replace_linear(
     return replaced
 
 
-def _places(model: nn.Module, where: Callable[[str, nn.Linear], bool]) -> list[list[str]]:
-    """All names of each chosen layer; names only, because a reference to a layer would keep its weight alive."""
+def _places(
+    model: nn.Module, kinds: tuple[type[nn.Module], ...], where: Callable[[str, nn.Module], bool]
+) -> list[list[str]]:
+    """All names of each chosen module; names only, because a reference to one would keep its weight alive."""
     places: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if name and isinstance(module, nn.Linear) and (id(module) in places or where(name, module)):
+        if name and isinstance(module, kinds) and (id(module) in places or where(name, module)):
             places.setdefault(id(module), []).append(name)
     return list(places.values())
 
 
-def _linear_at(model: nn.Module, name: str) -> nn.Linear:
-    module = model.get_submodule(name)
-    assert isinstance(module, nn.Linear)
-    return module
+def linear_sizes(layer: nn.Module) -> tuple[int, int]:
+    """``(out_features, in_features)`` of a ``nn.Linear``, or of a ``Conv1D`` (GPT-2's linear layer, transposed)."""
+    if isinstance(layer, Conv1D):
+        return layer.weight.shape[1], layer.weight.shape[0]
+    assert isinstance(layer, nn.Linear)
+    return layer.out_features, layer.in_features

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastpeft.ops import lora_kernels, native
 from fastpeft.ops.dropout import new_seed
 from fastpeft.ops.lora_kernels import Group, Member
-from fastpeft.ops.nf4 import autocast, check_linear
+from fastpeft.ops.nf4 import autocast, check_linear, shaped
 from fastpeft.ops.nf4_weight import NF4Weight
 
 # Lists with an entry for each layer, but `bases` with five: a dense weight and None, or codes and the tensors that
@@ -105,7 +105,7 @@ def _forward(x: Tensor, *rest: Any) -> list[Tensor]:
         if plan.fused:
             return lora_kernels.forward(x2d, group, biases, plan, x.shape[:-1])
     *ys, xa = _compose_forward(x2d, group, biases)
-    return [*(y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys), xa]
+    return [*(shaped(y, (*x.shape[:-1], y.shape[-1])) for y in ys), xa]
 
 
 def _forward_fake(x: Tensor, *rest: Any) -> list[Tensor]:

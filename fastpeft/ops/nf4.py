@@ -273,6 +273,17 @@ def product_from_codes(
     )
 
 
+def shaped(y: Tensor, shape: Sequence[int]) -> Tensor:
+    """Give an op's fresh result its shape, not as a view: autograd forbids to change a view that an op made in place.
+
+    Args:
+        y: made by the op, and used by nobody else.
+        shape: of as many elements.
+    """
+    out: Tensor = torch.ops.aten._unsafe_view(y, shape)
+    return out
+
+
 def _linear(x: Tensor, *rest: Any) -> Tensor:
     *operands, n, k, bias = rest
     x2d = x.reshape(-1, k)
@@ -281,14 +292,14 @@ def _linear(x: Tensor, *rest: Any) -> Tensor:
         bias = None if bias is None else bias.contiguous()
         y = _from_codes(x2d, _operands(operands), n, k, False, bias)
         if y is not None:
-            return y.reshape(*x.shape[:-1], n)
+            return shaped(y, (*x.shape[:-1], n))
     out = x2d.new_empty((x2d.shape[0], n))
     for rows, slab in _row_slabs(_operands(operands), n, k, x.dtype):
         if bias is None:
             torch.mm(x2d, slab.t(), out=out[:, rows])
         else:
             torch.addmm(bias[rows], x2d, slab.t(), out=out[:, rows])
-    return out.reshape(*x.shape[:-1], n)
+    return shaped(out, (*x.shape[:-1], n))
 
 
 def _linear_fake(x: Tensor, *rest: Any) -> Tensor:

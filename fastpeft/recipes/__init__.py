@@ -10,10 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastpeft.recipes.export import Export, base_of_adapter, run_export
     from fastpeft.recipes.generate import converse, generate_answers, load_for_generation, read_prompts
     from fastpeft.recipes.info import environment
     from fastpeft.recipes.load import load_model, load_tokenizer
     from fastpeft.recipes.plot import plot_run
+    from fastpeft.recipes.run_folder import run_sources
     from fastpeft.recipes.schema import (
         DataSection,
         ModelConfig,
@@ -27,10 +29,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DataSection",
+    "Export",
     "ModelConfig",
     "PeftSection",
     "RunConfig",
     "TrainSection",
+    "base_of_adapter",
     "converse",
     "environment",
     "generate_answers",
@@ -41,10 +45,14 @@ __all__ = [
     "plot_run",
     "read_model_config",
     "read_prompts",
+    "run_export",
     "run_sft",
+    "run_sources",
 ]
 
 _FILES = {
+    "Export": "export",
+    "base_of_adapter": "export",
     "converse": "generate",
     "environment": "info",
     "generate_answers": "generate",
@@ -53,7 +61,9 @@ _FILES = {
     "load_tokenizer": "load",
     "plot_run": "plot",
     "read_prompts": "generate",
+    "run_export": "export",
     "run_sft": "sft",
+    "run_sources": "run_folder",
 }
 
 

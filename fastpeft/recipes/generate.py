@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from fastpeft.data.records import read_prompt_rows, read_text_lines
 from fastpeft.errors import UserError
 from fastpeft.methods import PeftModel
 from fastpeft.recipes.load import load_model, quiet
-from fastpeft.recipes.schema import ModelConfig, read_model_config
-from fastpeft.recipes.yaml_file import read_settings
+from fastpeft.recipes.run_folder import run_sources
+from fastpeft.recipes.schema import ModelConfig
 
 Prompt = str | Mapping[str, Any]
 
@@ -46,7 +45,7 @@ def load_for_generation(
     if (run is None) == (model is None):
         raise UserError("generate: give either a run folder or a base model (--model)")
     if run is not None:
-        model, found = _of_run(Path(run), wanted=adapter is None and not untuned)
+        model, found = run_sources(Path(run), "generate", tuned=adapter is None and not untuned)
         adapter = adapter or found
     assert model is not None
     if adapter is not None and not untuned and not (Path(adapter) / "adapter_config.json").is_file():
@@ -162,23 +161,6 @@ def converse(answer: Callable[[str], str]) -> None:
         if not prompt:
             return
         print(answer(prompt), flush=True)
-
-
-def _of_run(run: Path, wanted: bool) -> tuple[ModelConfig, Path | None]:
-    """A run's base model and adapter folder; after training all weights, its model folder and None."""
-    config_file = run / "config.yaml"
-    if not config_file.is_file():
-        raise UserError(f"generate: {run} is not a run folder: there is no config.yaml in it")
-    model = read_model_config(read_settings(config_file))
-    if (run / "adapter").is_dir():
-        return model, run / "adapter"
-    if (run / "model").is_dir() and wanted:
-        return replace(model, path=str(run / "model"), gguf_file=None, quantize="none"), None
-    if wanted:
-        checkpoints = sorted(run.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
-        hint = f"; it has {checkpoints[-1].name}: give --adapter {checkpoints[-1]}" if checkpoints else ""
-        raise UserError(f"generate: {run} has no adapter yet{hint}")
-    return model, None
 
 
 def _stop_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

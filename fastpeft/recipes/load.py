@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from fastpeft.errors import UserError
-from fastpeft.models import quantize
+from fastpeft.models import NF4Config, load_pretrained
 from fastpeft.ops import build_info
 from fastpeft.recipes.schema import ModelConfig
 from fastpeft.recipes.source import find_source, gguf_path
@@ -112,21 +112,57 @@ def load_weights(
     Raises:
         UserError: the weights cannot be read.
     """
-    source, files = find_source(config)
-    dtype = _choose_dtype(config, model_config, device)
-    if config.gguf_file is not None:
-        files["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    else:
-        files["use_safetensors"] = True
-    with _complaints_name(config, source, "its weights"), quiet():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, config=model_config, dtype=dtype, **files)
-    if config.quantize == "nf4":
-        quantize(model, block_size=config.block_size, double_quant=config.double_quant, skip=tuple(config.skip_modules))
+    model = read_weights(config, model_config, device)
     # Not before: a model built with a pad token never trains that token's embedding, and it may be EOS.
     for told in (model.config, model.generation_config):
         if told is not None:
             told.pad_token_id = tokenizer.pad_token_id
     return model.to(device).eval()
+
+
+def read_weights(
+    config: ModelConfig, model_config: transformers.PretrainedConfig, device: torch.device
+) -> PreTrainedModel:
+    """Load a base model on the CPU as its files have it, and quantise it where the section says so.
+
+    Args:
+        config: the ``model`` section. A checkpoint that is packed already stays so, whatever ``quantize`` says.
+        model_config: what ``read_config`` gave.
+        device: where the model will be used, which decides the dtype where "auto" leaves a choice.
+    Returns:
+        The model on the CPU, in evaluation mode.
+    Raises:
+        UserError: the weights cannot be read, do not fit the configuration, or hold NaN or Inf.
+    """
+    source, files = find_source(config)
+    packing = None
+    if config.quantize == "nf4":
+        packing = NF4Config(config.skip_modules, block_size=config.block_size, double_quant=config.double_quant)
+    with _complaints_name(config, source, "its weights"), quiet():
+        return load_pretrained(
+            source,
+            config=model_config,
+            dtype=weights_dtype(config, model_config, device),
+            quantization_config=packing,
+            **files,
+        )
+
+
+def weights_dtype(
+    config: ModelConfig, model_config: transformers.PretrainedConfig, device: torch.device
+) -> torch.dtype | str:
+    """The dtype to load a base model in; "auto" where only the weights themselves can tell.
+
+    Args:
+        config: the ``model`` section.
+        model_config: what ``read_config`` gave.
+        device: where the model will be used.
+    """
+    if config.dtype != "auto":
+        return _DTYPES[config.dtype]
+    if config.gguf_file is not None or model_config.dtype == torch.bfloat16:
+        return torch.bfloat16 if _computes_in_bfloat16(device) else torch.float32
+    return model_config.dtype or "auto"
 
 
 def pick_device() -> torch.device:
@@ -208,17 +244,6 @@ def _is_whole_gguf(file: Path) -> bool:
     except Exception:  # its errors are of every kind too
         return False
     return True
-
-
-def _choose_dtype(
-    config: ModelConfig, model_config: transformers.PretrainedConfig, device: torch.device
-) -> torch.dtype | str:
-    """The dtype to load in; "auto" where only the weights themselves can tell."""
-    if config.dtype != "auto":
-        return _DTYPES[config.dtype]
-    if config.gguf_file is not None or model_config.dtype == torch.bfloat16:
-        return torch.bfloat16 if _computes_in_bfloat16(device) else torch.float32
-    return model_config.dtype or "auto"
 
 
 def _computes_in_bfloat16(device: torch.device) -> bool:

@@ -17,6 +17,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from fastpeft.errors import UserError
 from fastpeft.recipes.plot import METRICS_FILE, PLOT_FILE
-from fastpeft.recipes.schema import RUN_MARK, RunConfig
+from fastpeft.recipes.schema import RUN_MARK, ModelConfig, RunConfig, read_model_config
+from fastpeft.recipes.yaml_file import read_settings
 from fastpeft.trainers.checkpoint import checkpoint_path, list_steps, sealed_steps
 
 CONFIG_FILE = "config.yaml"
@@ -123,6 +125,34 @@ def no_empty_folders_left(folder: Path) -> Iterator[None]:
             with suppress(OSError):  # not empty: the run had begun
                 path.rmdir()
         raise
+
+
+def run_sources(run: Path, command: str, *, tuned: bool = True) -> tuple[ModelConfig, Path | None]:
+    """What a run's model is made of.
+
+    Args:
+        run: a run folder.
+        command: for whom, which begins a complaint.
+        tuned: what the run trained is wanted, and its absence an error.
+    Returns:
+        The base model as the run held it and the adapter's folder; after training all weights, the run's model folder
+        and None.
+    Raises:
+        UserError: it is no run folder, or has no result.
+    """
+    config_file = run / CONFIG_FILE
+    if not config_file.is_file():
+        raise UserError(f"{command}: {run} is not a run folder: there is no {CONFIG_FILE} in it")
+    model = read_model_config(read_settings(config_file))
+    if (run / ADAPTER_FOLDER).is_dir():
+        return model, run / ADAPTER_FOLDER
+    if (run / MODEL_FOLDER).is_dir() and tuned:
+        return replace(model, path=str(run / MODEL_FOLDER), gguf_file=None, quantize="none"), None
+    if tuned:
+        checkpoints = sorted(run.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+        hint = f"; it has {checkpoints[-1].name}: give --adapter {checkpoints[-1]}" if checkpoints else ""
+        raise UserError(f"{command}: {run} has no adapter yet{hint}")
+    return model, None
 
 
 def save_result(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:

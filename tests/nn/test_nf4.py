@@ -9,7 +9,7 @@ import torch
 from tolerances import assert_exact
 from torch import nn
 
-from fastpeft.nn import NF4Linear
+from fastpeft.nn import LoRALinear, NF4Linear
 
 
 @pytest.fixture
@@ -93,3 +93,15 @@ def test_copies_share_nothing(layer: NF4Linear) -> None:
 def test_meta_device_is_refused(layer: NF4Linear) -> None:
     with pytest.raises(ValueError, match="cannot be moved to the meta device"):
         layer.to("meta")
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["nf4", "lora"])
+def test_the_output_may_be_changed_in_place(adapted: bool, device: str) -> None:
+    """``y += residual`` raised: the ops returned a view, which autograd does not let anybody change."""
+    layer = NF4Linear.from_linear(nn.Linear(64, 32)).to(device)
+    module = LoRALinear(layer, r=4, init_lora_weights=False) if adapted else layer
+    x = torch.randn(2, 3, 64, device=device, requires_grad=True)
+    expected = torch.autograd.grad((module(x) + 1).pow(2).sum(), x)
+    y = module(x)
+    y += 1
+    assert torch.equal(torch.autograd.grad(y.pow(2).sum(), x)[0], expected[0])
