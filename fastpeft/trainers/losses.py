@@ -7,6 +7,7 @@ are in the dtype that comes in; the trainers give float32.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import log
 from typing import Literal
 
 import torch
@@ -72,9 +73,8 @@ def _robust(c: Tensor, r: Tensor, beta: float, smoothing: float) -> Tensor:
 def _exo_pair(c: Tensor, r: Tensor, beta: float, smoothing: float) -> Tensor:
     """``KL(s(+-d) || (1 - e, e))``, ``d = beta (c - r)``: EXO, arXiv 2402.00856, eq. 16."""
     logits = beta * (c - r)
-    target = torch.tensor([1 - smoothing, smoothing], dtype=torch.float64).log().tolist()
     win, lose = F.logsigmoid(logits), F.logsigmoid(-logits)
-    return win.exp() * (win - target[0]) + lose.exp() * (lose - target[1])
+    return win.exp() * (win - log(1 - smoothing)) + lose.exp() * (lose - log(smoothing))
 
 
 def _nca_pair(c: Tensor, r: Tensor, beta: float, smoothing: float) -> Tensor:
