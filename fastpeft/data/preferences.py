@@ -114,6 +114,16 @@ class PreferenceDataset(Dataset[dict[str, Any]]):
             raise ValueError("attach_reference: the log-probabilities are not one for each completion")
         self._reference = logps
 
+    @property
+    def has_reference(self) -> bool:
+        """Whether items come with ``ref_logps``."""
+        return self._reference is not None
+
+    @property
+    def completion_counts(self) -> list[int]:
+        """Completions of each row."""
+        return [len(completions) for _, completions, _, _ in self._items]
+
     def tokens(self) -> Iterator[array[int]]:
         """Every sequence of tokens in a fixed order: what a hash of the data is made of."""
         for prompt, completions, _, _ in self._items:

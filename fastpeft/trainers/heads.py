@@ -1,0 +1,288 @@
+"""What a trainer reads off a causal language model besides its loss: hidden states, log-probabilities, and a score.
+
+The model is called as a whole, with whatever wraps it (adapters, soft prompts, DDP); only its output layer is taken out
+for the call. So the logits of all tokens never exist, and the head's product runs where it is wanted, by
+`fastpeft.ops.linear_logprobs`, a chunk of tokens at a time.
+
+A score is a linear layer named ``score`` beside the output layer, as in transformers' models for sequence
+classification, so that adapters save it as one of their ``modules_to_save`` and stock PEFT loads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastpeft.errors import UserError
+from fastpeft.methods import LoraConfig, PeftModel, get_peft_model
+from fastpeft.nn import LoRALinear
+from fastpeft.ops import linear_logprobs
+from fastpeft.trainers.losses import entropy as entropy_of
+
+SCORE = "score"
+_CHUNK_BYTES = 64 << 20  # of float32 logits, where the head is no plain linear layer
+
+
+class _Keep(nn.Module):
+    """Stands in for an output layer: it keeps the hidden states, and gives a sliver of them where logits go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden: Tensor | None = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Keep what the output layer would read."""
+        self.hidden = hidden
+        return hidden[..., :1]
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The transformers model inside of the wrappers of DDP and adapters."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
+    """Run a model without its output layer.
+
+    Args:
+        model: a causal language model, or one for sequence classification, in whatever wraps it.
+        inputs: arguments of its forward.
+    Returns:
+        ``(b, t, k)``, what the output layer would have read.
+    """
+    base = base_of(model)
+    name = _head_name(base)
+    head, keep = getattr(base, name), _Keep()
+    base._modules[name] = keep
+    try:
+        model(**inputs, use_cache=False)
+    finally:
+        base._modules[name] = head
+    if keep.hidden is None:
+        raise UserError(f"{type(base).__name__} did not call its output layer {name!r}; it cannot be trained here")
+    return keep.hidden
+
+
+def _head_name(base: nn.Module) -> str:
+    get = getattr(base, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    name = next((name for name, child in base.named_children() if child is head), None) if head is not None else None
+    if name is not None:
+        return name
+    if SCORE in base._modules:
+        return SCORE
+    raise UserError(f"{type(base).__name__} has neither an output layer nor a layer named {SCORE!r}")
+
+
+class LogprobHead:
+    """The output layer of a model: log-probabilities of tokens from hidden states.
+
+    Args:
+        model: a causal language model, in whatever wraps it.
+        name: of the trainer, for messages.
+    Raises:
+        UserError: the model gets from hidden states to logits in a way that is not known here.
+    """
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self._base = base_of(model)
+        get = getattr(self._base, "get_output_embeddings", None)
+        if not callable(get) or get() is None:
+            raise UserError(f"{name}: {type(self._base).__name__} has no output layer; give a causal language model")
+        self._name = _head_name(self._base)
+        config: Any = getattr(self._base, "config", None)
+        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        self._confirm(name)
+
+    @torch.no_grad()
+    def _confirm(self, name: str) -> None:
+        """Compare with the model's own logits, on a few tokens."""
+        base, was_training = self._base, self._base.training
+        base.eval()
+        try:
+            ids = torch.arange(4, device=next(base.parameters()).device)[None]
+            logits = base(input_ids=ids, use_cache=False).logits.float()
+            ours = self._logits(hidden_states(base, input_ids=ids))
+        finally:
+            base.train(was_training)
+        if not (logits - ours).abs().max() <= 0.02 * logits.abs().max():
+            raise UserError(
+                f"{name}: {type(base).__name__} computes its logits in a way that is not known here (not a linear "
+                "layer with a scale and a cap), so its log-probabilities would be wrong"
+            )
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = getattr(self._base, self._name)(hidden).float()
+        if self._softcap is not None:
+            logits = self._softcap * torch.tanh(logits / self._softcap)
+        return self._scale * logits
+
+    @overload
+    def __call__(
+        self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, *, entropy: Literal[False] = False
+    ) -> Tensor: ...
+    @overload
+    def __call__(
+        self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, *, entropy: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
+    def __call__(
+        self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, *, entropy: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Log-probability of each target.
+
+        Args:
+            hidden: ``(n, k)``.
+            targets: ``(n,)``, int64.
+            temperature: divides the logits.
+            entropy: give also the entropy of each distribution, without gradient.
+        Returns:
+            ``(n,)`` float32, or a pair of them.
+        """
+        head = getattr(self._base, self._name)
+        if type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks:
+            return linear_logprobs(  # type: ignore[call-overload,no-any-return]
+                hidden.to(head.weight.dtype),
+                head.weight,
+                targets,
+                head.bias,
+                softcap=self._softcap,
+                temperature=temperature / self._scale,
+                entropy=entropy,
+            )
+        vocabulary = vocabulary_of(head)
+        rows = max(1, _CHUNK_BYTES // (4 * vocabulary))
+        parts = []
+        for part, target in zip(hidden.split(rows), targets.split(rows), strict=True):
+            parts.append(checkpoint(self._chunk, part, target, temperature, use_reentrant=False))
+        logprobs, entropies = (torch.cat(x) for x in zip(*parts, strict=True))
+        return (logprobs, entropies) if entropy else logprobs
+
+    def _chunk(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        logits = self._logits(hidden) / temperature
+        with torch.no_grad():
+            entropies = entropy_of(logits)
+        return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0], entropies
+
+
+def vocabulary_of(head: nn.Module) -> int:
+    """Outputs of an output layer."""
+    return int(getattr(head, "out_features", 0) or head.weight.shape[0])  # type: ignore[union-attr,index]
+
+
+# --- scores ---
+
+
+def attach_score(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give a model a layer named ``score``, ``(k) -> 1`` in float32, if it has none; in place.
+
+    Args:
+        model: a causal language model without adapters, or one for sequence classification with one label.
+        seed: of the first weights, normal with variance ``1 / (k + 1)``.
+    Returns:
+        The model.
+    Raises:
+        UserError: its score layer has several outputs.
+    Source:
+        Learning to summarize from human feedback, arXiv 2009.01325, appendix B.1.
+    """
+    present = model._modules.get(SCORE)
+    if present is not None:
+        if vocabulary_of(present) != 1:
+            raise UserError(
+                f"{type(model).__name__}: its layer 'score' has {vocabulary_of(present)} outputs; it needs 1"
+            )
+        return model
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    config: Any = model.config
+    width = int(config.get_text_config().hidden_size)
+    layer = nn.Linear(width, 1, bias=False, dtype=torch.float32)
+    with torch.no_grad():
+        values = torch.randn(1, width, generator=torch.Generator().manual_seed(seed)) / math.sqrt(width + 1)
+        layer.weight.copy_(values)
+    model.add_module(SCORE, layer.to(embedding.device))
+    return model
+
+
+def with_score(config: LoraConfig) -> LoraConfig:
+    """An adapter's configuration with its own copy of the score layer."""
+    saved = list(config.modules_to_save or [])
+    return config if SCORE in saved else dataclasses.replace(config, modules_to_save=[*saved, SCORE])
+
+
+def get_reward_model(model: nn.Module, peft_config: LoraConfig | None = None, seed: int = 0) -> nn.Module:
+    """Make a reward model of a causal language model: a score layer, and an adapter that trains with it.
+
+    Args:
+        model: the language model, dense or quantised; changed in place.
+        peft_config: the adapter; None trains every weight.
+        seed: of the score layer's first weights.
+    Returns:
+        The model, wrapped if there is an adapter. ``save_pretrained`` writes the score with the adapter or the model.
+    """
+    attach_score(model, seed)
+    return model if peft_config is None else get_peft_model(model, with_score(peft_config))
+
+
+def has_score(model: nn.Module) -> bool:
+    """Whether a model has a score layer that its active adapter trains, or that trains with the whole model."""
+    layer = base_of(model)._modules.get(SCORE)
+    return layer is not None and any(p.requires_grad for p in layer.parameters())
+
+
+def scores_of(model: nn.Module, hidden: Tensor) -> Tensor:
+    """The scores ``(...)`` in float32 of hidden states ``(..., k)``, by the active adapter's score layer."""
+    layer: Any = getattr(base_of(model), SCORE)
+    with torch.autocast(hidden.device.type, enabled=False):
+        weight: Tensor = layer.weight
+        return layer(hidden.to(weight.dtype))[..., 0].float()  # type: ignore[no-any-return]
+
+
+# --- adapters ---
+
+
+@contextmanager
+def role(model: nn.Module, adapter: str | None) -> Iterator[None]:
+    """Run a model with one adapter, or with none, and go back to what was active.
+
+    An adapter that becomes active can train, and the others cannot: what is computed inside has to go backward inside.
+
+    Args:
+        model: a PeftModel, in whatever wraps it, or a model without adapters, which stays as it is.
+        adapter: the adapter's name; None for the base alone.
+    """
+    inner = getattr(model, "module", model)
+    if not isinstance(inner, PeftModel):
+        yield
+    elif adapter is None:
+        with inner.disable_adapter():
+            yield
+    elif inner.active_adapters == [adapter]:
+        yield
+    else:
+        before, configs = list(inner.active_adapters), inner.peft_config
+        frozen = all(configs[name].inference_mode for name in before)
+        inner.set_adapter(adapter, inference_mode=configs[adapter].inference_mode)
+        try:
+            yield
+        finally:
+            inner.set_adapter(before, inference_mode=frozen)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout of a model to 0: two forward passes over the same tokens have to agree."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(module, LoRALinear):
+            module.lora_dropout.update(dict.fromkeys(module.lora_dropout, 0.0))
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
