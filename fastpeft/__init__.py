@@ -19,6 +19,8 @@ _EXPORTS = {
     "LoRALinear": "fastpeft.nn",
     "LoraConfig": "fastpeft.methods",
     "NF4Linear": "fastpeft.nn",
+    "PPOConfig": "fastpeft.trainers",
+    "PPOTrainer": "fastpeft.trainers",
     "PeftModel": "fastpeft.methods",
     "RewardConfig": "fastpeft.trainers",
     "RewardTrainer": "fastpeft.trainers",

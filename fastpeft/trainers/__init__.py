@@ -4,6 +4,8 @@ from fastpeft.trainers.base import BaseTrainer
 from fastpeft.trainers.config import BaseConfig
 from fastpeft.trainers.dpo import DPOConfig, DPOTrainer
 from fastpeft.trainers.heads import attach_score, get_reward_model
+from fastpeft.trainers.ppo import PPOTrainer
+from fastpeft.trainers.ppo_config import PPOConfig
 from fastpeft.trainers.reward import RewardConfig, RewardTrainer
 from fastpeft.trainers.sft import SFTConfig, SFTTrainer
 
@@ -12,6 +14,8 @@ __all__ = [
     "BaseTrainer",
     "DPOConfig",
     "DPOTrainer",
+    "PPOConfig",
+    "PPOTrainer",
     "RewardConfig",
     "RewardTrainer",
     "SFTConfig",

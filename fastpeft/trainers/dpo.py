@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from fastpeft.data import PreferenceDataset
 from fastpeft.errors import UserError, did_you_mean
 from fastpeft.methods import LoraConfig, PeftModel, get_peft_model
-from fastpeft.trainers.heads import LogprobHead, role
+from fastpeft.trainers.forward import batch_hidden, role
+from fastpeft.trainers.heads import LogprobHead
 from fastpeft.trainers.losses import DPO_LOSSES, LENGTH_NORMALISED, dpo_loss
 from fastpeft.trainers.metrics import Meter
 from fastpeft.trainers.preference import PreferenceConfig, PreferenceTrainer, Source
@@ -191,7 +192,7 @@ class DPOTrainer(PreferenceTrainer):
 
     def _logps(self, model: nn.Module, inputs: dict[str, Tensor], head: LogprobHead) -> tuple[Tensor, Tensor]:
         """Log-probability of each answer, and the entropy at each of their tokens."""
-        hidden = self._hidden(model, inputs)[inputs["sources"]]
+        hidden = batch_hidden(model, inputs)[inputs["sources"]]
         logprobs, entropy = head(hidden, inputs["targets"], entropy=True)
         sums = logprobs.new_zeros(len(inputs["ends"])).index_add(0, inputs["owners"], logprobs)
         return sums, entropy

@@ -1,8 +1,6 @@
-"""What a trainer reads off a causal language model besides its loss: hidden states, log-probabilities, and a score.
+"""What a trainer reads off a causal language model besides its loss: log-probabilities, and a score.
 
-The model is called as a whole, with whatever wraps it (adapters, soft prompts, DDP); only its output layer is taken out
-for the call. So the logits of all tokens never exist, and the head's product runs where it is wanted, by
-`fastpeft.ops.linear_logprobs`, a chunk of tokens at a time.
+Log-probabilities come from hidden states (`forward`) by `fastpeft.ops.linear_logprobs`, a chunk of tokens at a time.
 
 A score is a linear layer named ``score`` beside the output layer, as in transformers' models for sequence
 classification, so that adapters save it as one of their ``modules_to_save`` and stock PEFT loads it.
@@ -12,8 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal, overload
 
 import torch
@@ -21,65 +17,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastpeft.errors import UserError
-from fastpeft.methods import LoraConfig, PeftModel, get_peft_model
-from fastpeft.nn import LoRALinear
+from fastpeft.methods import LoraConfig, get_peft_model
 from fastpeft.ops import linear_logprobs
+from fastpeft.trainers.forward import SCORE, base_of, head_name, hidden_states
 from fastpeft.trainers.losses import entropy as entropy_of
 
-SCORE = "score"
 _CHUNK_BYTES = 64 << 20  # of float32 logits, where the head is no plain linear layer
-
-
-class _Keep(nn.Module):
-    """Stands in for an output layer: it keeps the hidden states, and gives a sliver of them where logits go."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.hidden: Tensor | None = None
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Keep what the output layer would read."""
-        self.hidden = hidden
-        return hidden[..., :1]
-
-
-def base_of(model: nn.Module) -> nn.Module:
-    """The transformers model inside of the wrappers of DDP and adapters."""
-    model = getattr(model, "module", model)
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
-    """Run a model without its output layer.
-
-    Args:
-        model: a causal language model, or one for sequence classification, in whatever wraps it.
-        inputs: arguments of its forward.
-    Returns:
-        ``(b, t, k)``, what the output layer would have read.
-    """
-    base = base_of(model)
-    name = _head_name(base)
-    head, keep = getattr(base, name), _Keep()
-    base._modules[name] = keep
-    try:
-        model(**inputs, use_cache=False)
-    finally:
-        base._modules[name] = head
-    if keep.hidden is None:
-        raise UserError(f"{type(base).__name__} did not call its output layer {name!r}; it cannot be trained here")
-    return keep.hidden
-
-
-def _head_name(base: nn.Module) -> str:
-    get = getattr(base, "get_output_embeddings", None)
-    head = get() if callable(get) else None
-    name = next((name for name, child in base.named_children() if child is head), None) if head is not None else None
-    if name is not None:
-        return name
-    if SCORE in base._modules:
-        return SCORE
-    raise UserError(f"{type(base).__name__} has neither an output layer nor a layer named {SCORE!r}")
 
 
 class LogprobHead:
@@ -97,7 +40,7 @@ class LogprobHead:
         get = getattr(self._base, "get_output_embeddings", None)
         if not callable(get) or get() is None:
             raise UserError(f"{name}: {type(self._base).__name__} has no output layer; give a causal language model")
-        self._name = _head_name(self._base)
+        self._name = head_name(self._base)
         config: Any = getattr(self._base, "config", None)
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
@@ -244,45 +187,3 @@ def scores_of(model: nn.Module, hidden: Tensor) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
         weight: Tensor = layer.weight
         return layer(hidden.to(weight.dtype))[..., 0].float()  # type: ignore[no-any-return]
-
-
-# --- adapters ---
-
-
-@contextmanager
-def role(model: nn.Module, adapter: str | None) -> Iterator[None]:
-    """Run a model with one adapter, or with none, and go back to what was active.
-
-    An adapter that becomes active can train, and the others cannot: what is computed inside has to go backward inside.
-
-    Args:
-        model: a PeftModel, in whatever wraps it, or a model without adapters, which stays as it is.
-        adapter: the adapter's name; None for the base alone.
-    """
-    inner = getattr(model, "module", model)
-    if not isinstance(inner, PeftModel):
-        yield
-    elif adapter is None:
-        with inner.disable_adapter():
-            yield
-    elif inner.active_adapters == [adapter]:
-        yield
-    else:
-        before, configs = list(inner.active_adapters), inner.peft_config
-        frozen = all(configs[name].inference_mode for name in before)
-        inner.set_adapter(adapter, inference_mode=configs[adapter].inference_mode)
-        try:
-            yield
-        finally:
-            inner.set_adapter(before, inference_mode=frozen)
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout of a model to 0: two forward passes over the same tokens have to agree."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(module, LoRALinear):
-            module.lora_dropout.update(dict.fromkeys(module.lora_dropout, 0.0))
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]

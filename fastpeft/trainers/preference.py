@@ -18,7 +18,7 @@ from fastpeft.data.preference_batch import LAYOUTS
 from fastpeft.errors import UserError, did_you_mean
 from fastpeft.trainers.base import BaseTrainer
 from fastpeft.trainers.config import BaseConfig
-from fastpeft.trainers.heads import base_of, disable_dropout, hidden_states
+from fastpeft.trainers.forward import attention_of, disable_dropout, token_count
 from fastpeft.trainers.metrics import Meter
 
 _SHORTEST = 8
@@ -64,7 +64,7 @@ class PreferenceTrainer(BaseTrainer):
     args: PreferenceConfig
 
     def __init__(self, model: nn.Module, args: PreferenceConfig, **given: Any) -> None:
-        self._attention = attention_of(model)
+        self._attention = attention_of(model) if isinstance(model, nn.Module) else "plain"
         super().__init__(model, args, **given)
         if args.disable_dropout:
             disable_dropout(model)
@@ -146,17 +146,6 @@ class PreferenceTrainer(BaseTrainer):
         loss = losses.sum() * scale / (len(losses) if num_items_in_batch is None else num_items_in_batch)
         return (loss, {"losses": losses}) if return_outputs else loss
 
-    def _hidden(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        """Hidden states ``(b * t, k)`` of a batch in whichever layout."""
-        names = ("input_ids", "attention_mask", "position_ids")
-        arguments = {name: inputs[name] for name in names if name in inputs}
-        mask = arguments.get("attention_mask")
-        if mask is not None and mask.dim() == 4 and attention_implementation(model) != "sdpa":  # added to the scores
-            dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-            blocked = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-            arguments["attention_mask"] = blocked.masked_fill(~mask, torch.finfo(dtype).min)
-        return hidden_states(model, **arguments).flatten(0, 1)
-
     # Evaluation.
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -190,28 +179,3 @@ class PreferenceTrainer(BaseTrainer):
             losses = self.pair_losses(model, self._prepare_inputs(inputs), self._eval_meter)
         self._eval_meter.add("loss", losses.sum(), len(losses))
         return losses.mean(), None, None
-
-
-def token_count(inputs: Mapping[str, Tensor]) -> Tensor | int:
-    """Tokens of a batch without its padding."""
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        return inputs["input_ids"].numel()
-    return mask.sum() if mask.dim() == 2 else mask[:, 0, :, 0].sum()  # all but padding attends to the first token
-
-
-def attention_implementation(model: nn.Module) -> str:
-    """The name transformers has for a model's attention function."""
-    return str(getattr(getattr(base_of(model), "config", None), "_attn_implementation", None) or "eager")
-
-
-def attention_of(model: nn.Module) -> str:
-    """What a model's attention can be told: ``"masked"`` any mask, ``"packed"`` where rows end, ``"plain"`` neither."""
-    config: Any = getattr(base_of(model), "config", None) if isinstance(model, nn.Module) else None
-    implementation = str(getattr(config, "_attn_implementation", None) or "eager")
-    if "flash" in implementation:
-        return "packed"
-    windowed = getattr(config, "sliding_window", None) or "sliding_attention" in (
-        getattr(config, "layer_types", None) or ()
-    )
-    return "masked" if implementation in ("sdpa", "eager") and not windowed else "plain"

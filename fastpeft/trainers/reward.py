@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from fastpeft.errors import UserError
 from fastpeft.methods import LoraConfig, PeftModel
+from fastpeft.trainers.forward import batch_hidden
 from fastpeft.trainers.heads import get_reward_model, has_score, scores_of
 from fastpeft.trainers.losses import reward_loss
 from fastpeft.trainers.metrics import Meter
@@ -133,7 +134,7 @@ class RewardTrainer(PreferenceTrainer):
 
     def scores(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """Scores ``(s,)`` of the batch's answers."""
-        return scores_of(model, self._hidden(model, inputs)[inputs["ends"]])
+        return scores_of(model, batch_hidden(model, inputs)[inputs["ends"]])
 
 
 def _add_calibration(meter: Meter, margin: Tensor) -> None:
