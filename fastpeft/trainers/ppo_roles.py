@@ -82,6 +82,13 @@ class Roles:
                     f"PPOTrainer: {key} is {name!r}, which is the policy's; load the adapter a second time under "
                     "another name"
                 )
+        name = args.reward_adapter_name
+        if (
+            name is not None
+            and isinstance(model, PeftModel)
+            and SCORE not in (model.peft_config[name].modules_to_save or ())
+        ):
+            raise UserError(f"PPOTrainer: the adapter {name!r} has no score layer; RewardTrainer makes ones that have")
         if isinstance(model, PeftModel) and len(model.active_adapters) > 1:
             raise UserError(
                 f"PPOTrainer: {', '.join(model.active_adapters)} are active; the policy is one adapter: set_adapter it"
