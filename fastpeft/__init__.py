@@ -28,6 +28,7 @@ _EXPORTS = {
     "SFTTrainer": "fastpeft.trainers",
     "UserError": "fastpeft.errors",
     "accelerate": "fastpeft.models",
+    "attach_score": "fastpeft.trainers",
     "get_peft_model": "fastpeft.methods",
     "get_reward_model": "fastpeft.trainers",
     "quantize": "fastpeft.models",
