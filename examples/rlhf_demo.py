@@ -52,7 +52,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Fine-tune, learn a reward model, and run PPO, on a small model.")
     parser.add_argument("--out", default="runs/rlhf", help="run folders go here; earlier runs in them are replaced")
     parser.add_argument("--steps", type=int, help="steps of each stage, instead of the YAMLs'")
-    parser.add_argument("--prompts", type=int, default=24, help="held-out questions")
+    parser.add_argument("--prompts", type=int, default=12, help="held-out questions")
     return parser.parse_args(arguments)
 
 
@@ -71,9 +71,9 @@ def compare(options: argparse.Namespace) -> tuple[Answers, Answers, Answers]:
     out = Path(options.out).resolve()
     config = load_config(HERE / "ppo.yaml", overrides("ppo", options), kind="ppo")
     model, tokenizer = load_model(config.model)
-    fastpeft.attach_score(model)
     policy = PeftModel.from_pretrained(model, out / "sft" / "adapter", is_trainable=True)
     policy.load_adapter(out / "sft" / "adapter", "reference")
+    fastpeft.attach_score(policy)
     policy.load_adapter(out / "reward" / "adapter", "reward")
     prompts = build_prompt_dataset(HERE / "data" / "prompts_test.jsonl", tokenizer)
     args = fastpeft.PPOConfig(

@@ -81,10 +81,9 @@ def run_ppo(config: RunConfig, say: Say = None) -> Path:
     functions = [] if config.reward.function is None else [load_function(config)]
 
     def adapt(model: nn.Module, config: RunConfig) -> nn.Module:
-        if config.reward.adapter is not None:
-            attach_score(model)
         adapted = _with_reference(model, config)
         if config.reward.adapter is not None and isinstance(adapted, PeftModel):
+            attach_score(adapted)
             adapted.load_adapter(config.reward.adapter, _REWARD)
         return adapted
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastpeft.errors import UserError
 from fastpeft.methods import LoraConfig, get_peft_model
+from fastpeft.nn import LoRALinear
 from fastpeft.ops import linear_logprobs
 from fastpeft.trainers.forward import SCORE, base_of, head_name, hidden_states
 from fastpeft.trainers.losses import entropy as entropy_of
@@ -127,31 +128,38 @@ def vocabulary_of(head: nn.Module) -> int:
 def attach_score(model: nn.Module, seed: int = 0) -> nn.Module:
     """Give a model a layer named ``score``, ``(k) -> 1`` in float32, if it has none; in place.
 
+    A model that already has adapters gets it frozen, for adapters to copy that come after (``modules_to_save``). Put
+    adapters on "all-linear" before it, or they take the score for one of the layers to adapt.
+
     Args:
-        model: a causal language model without adapters, or one for sequence classification with one label.
+        model: a causal language model, with adapters or without, or one for sequence classification with one label.
         seed: of the first weights, normal with variance ``1 / (k + 1)``.
     Returns:
         The model.
     Raises:
-        UserError: its score layer has several outputs.
+        UserError: its score layer has several outputs, or an adapter of its own.
     Source:
         Learning to summarize from human feedback, arXiv 2009.01325, appendix B.1.
     """
-    present = model._modules.get(SCORE)
+    base = base_of(model)
+    present = base._modules.get(SCORE)
+    if isinstance(present, LoRALinear):
+        raise UserError(
+            "the adapter on 'all-linear' took the layer 'score' for one to adapt; attach the score after get_peft_model"
+        )
     if present is not None:
-        if vocabulary_of(present) != 1:
-            raise UserError(
-                f"{type(model).__name__}: its layer 'score' has {vocabulary_of(present)} outputs; it needs 1"
-            )
+        outputs = int(present.weight.shape[0])  # type: ignore[index,union-attr]
+        if outputs != 1:
+            raise UserError(f"{type(base).__name__}: its layer 'score' has {outputs} outputs; it needs 1")
         return model
-    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-    config: Any = model.config
+    embedding = base.get_input_embeddings().weight  # type: ignore[operator]
+    config: Any = base.config
     width = int(config.get_text_config().hidden_size)
     layer = nn.Linear(width, 1, bias=False, dtype=torch.float32)
     with torch.no_grad():
         values = torch.randn(1, width, generator=torch.Generator().manual_seed(seed)) / math.sqrt(width + 1)
         layer.weight.copy_(values)
-    model.add_module(SCORE, layer.to(embedding.device))
+    base.add_module(SCORE, layer.to(embedding.device).requires_grad_(base is model))
     return model
 
 

@@ -112,14 +112,13 @@ class Roles:
             self._value_model.requires_grad_(True) if not isinstance(self._value_model, PeftModel) else None
             return None
         base, name = base_of(model), args.value_adapter_name
-        attach_score(base, args.seed)
+        attach_score(model, args.seed)
         if not isinstance(model, PeftModel):
             nn.init.zeros_(base.score.weight)  # type: ignore[union-attr,arg-type]
             return None
         assert self._policy_adapter is not None
         if name in (self._policy_adapter, args.ref_adapter_name, args.reward_adapter_name):
             raise UserError(f"PPOTrainer: value_adapter_name is {name!r}, which has another role; name another")
-        base.score.requires_grad_(False)  # type: ignore[union-attr,operator]
         if name not in model.peft_config:
             config = copy.deepcopy(model.peft_config[self._policy_adapter])
             config.inference_mode = False

@@ -69,6 +69,7 @@ def test_the_stages_in_order(rl_job: Path, capsys: pytest.CaptureFixture[str]) -
     before, after = (load_file(rl_job / name / "adapter/adapter_model.safetensors") for name in ("sft", "ppo"))
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert run("ppo", "job.yaml", "train.output_dir=new", *PPO, *scored) == 0
     assert run("generate", "ppo", "--prompt", "Add 1 and 1.", "--max-new-tokens", "3") == 0
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from trainers.tiny import tiny_llama
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastpeft.methods import LoraConfig
 
@@ -26,10 +26,15 @@ def lora() -> LoraConfig:
 
 
 def loud_llama() -> LlamaForCausalLM:
-    """The tiny model with embeddings of the size that trained ones have: with its own, every logit is about 0."""
-    model = tiny_llama()
+    """The tiny model with the tokenizer's vocabulary, and an output layer of the size that trained ones have.
+
+    With that of `tiny_llama` every logit is about 0, and an adapter on a frozen base cannot change that.
+    """
+    config = LlamaConfig(**{**tiny_llama().config.to_dict(), "vocab_size": 25, "tie_word_embeddings": False})
+    torch.manual_seed(7)
+    model = LlamaForCausalLM(config)
     with torch.no_grad():
-        model.get_input_embeddings().weight.mul_(15)
+        model.lm_head.weight.mul_(8)
     return model
 
 
