@@ -3,8 +3,8 @@
     python scripts/preference_acceptance.py dpo PAIRS.jsonl [--steps 200] [--seed 0]
     python scripts/preference_acceptance.py ppo [--steps 200] [--seeds 5]
 
-``dpo`` trains on all but the last 200 rows and prints the held-out accuracy before and after. ``ppo`` rewards answers by
-the rule of examples/rlhf and prints, for each seed, the reward and the KL at the beginning, in the middle and at the end.
+``dpo`` trains on all but the last 200 rows and prints the held-out accuracy before and after. ``ppo`` rewards answers
+by the rule of examples/rlhf and prints for each seed the reward and the KL at the beginning, the middle and the end.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ HELD_OUT = 200
 
 
 def lora() -> LoraConfig:
+    """The adapter of both."""
     return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
 
 
 def run_dpo(options: argparse.Namespace, folder: str) -> None:
+    """Held-out accuracy of preferences before and after."""
     model, tokenizer = load_model(MODEL)
     lines = options.pairs.read_text(encoding="utf-8").splitlines(keepends=True)
     datasets = []
@@ -60,6 +62,7 @@ def run_dpo(options: argparse.Namespace, folder: str) -> None:
 
 
 def run_ppo(options: argparse.Namespace, folder: str) -> None:
+    """Reward and KL along the run, seed by seed."""
     from rlhf.rules import style
 
     for seed in range(options.seeds):
@@ -92,6 +95,7 @@ def run_ppo(options: argparse.Namespace, folder: str) -> None:
 
 
 def main() -> None:
+    """Read the command line and run."""
     parser = argparse.ArgumentParser(description="DPO and PPO against the bars that are too long for the tests.")
     commands = parser.add_subparsers(dest="command", required=True)
     dpo, ppo = commands.add_parser("dpo"), commands.add_parser("ppo")
