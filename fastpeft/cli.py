@@ -1,4 +1,4 @@
-"""The command line: ``fastpeft sft | generate | quantize | merge | export | plot | info``.
+"""The command line: ``fastpeft sft | reward | dpo | ppo | generate | quantize | merge | export | plot | info``.
 
 Commands import what they need when they run, so that ``fastpeft --help`` answers at once. A ``UserError`` becomes one
 message and exit code 2; anything else that goes wrong is a defect and keeps its traceback.
@@ -81,18 +81,43 @@ def _common(
     pass
 
 
+_Config = Annotated[Path, typer.Argument(help="YAML with the sections model, peft, data and train.")]
+_Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that take the place of the file's."),
+]
+
+
 @app.command()
-def sft(
-    config: Annotated[Path, typer.Argument(help="YAML with the sections model, peft, data and train.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that take the place of the file's."),
-    ] = None,
-) -> None:
+def sft(config: _Config, overrides: _Overrides = None) -> None:
     """Fine-tune a model on a JSONL file of answered prompts."""
     from fastpeft.recipes import load_config, run_sft
 
     run_sft(load_config(config, overrides or ()))
+
+
+@app.command()
+def reward(config: _Config, overrides: _Overrides = None) -> None:
+    """Train a reward model on a JSONL file of preferences or rankings."""
+    from fastpeft.recipes import load_config, run_reward
+
+    run_reward(load_config(config, overrides or (), kind="reward"))
+
+
+@app.command()
+def dpo(config: _Config, overrides: _Overrides = None) -> None:
+    """Train a policy on a JSONL file of preferences or rankings."""
+    from fastpeft.recipes import load_config, run_dpo
+
+    run_dpo(load_config(config, overrides or (), kind="dpo"))
+
+
+@app.command()
+def ppo(config: _Config, overrides: _Overrides = None) -> None:
+    """Train a policy on prompts, by the scores of a reward adapter or function (section reward)."""
+    from fastpeft.recipes import load_config, run_ppo
+
+    run_ppo(load_config(config, overrides or (), kind="ppo"))
 
 
 @app.command()

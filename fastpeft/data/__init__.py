@@ -1,19 +1,33 @@
 """Records -> checked rows -> token batches: JSON Lines reading, chat templates, loss masks, collators."""
 
 from fastpeft.data.collator import SFTCollator
+from fastpeft.data.comparisons import Comparison, parse_comparison
+from fastpeft.data.layout import encode_prompt, stop_token_ids
+from fastpeft.data.preference_batch import PreferenceCollator
+from fastpeft.data.preferences import PreferenceDataset, PreferenceReport, build_preference_dataset
+from fastpeft.data.prompts import PromptDataset, PromptReport, build_prompt_dataset
 from fastpeft.data.records import Message, Record, load_records, read_records
-from fastpeft.data.sft import IGNORE_INDEX, DataReport, SFTDataset, build_sft_dataset, encode_prompt, stop_token_ids
+from fastpeft.data.sft import IGNORE_INDEX, DataReport, SFTDataset, build_sft_dataset
 
 __all__ = [
     "IGNORE_INDEX",
+    "Comparison",
     "DataReport",
     "Message",
+    "PreferenceCollator",
+    "PreferenceDataset",
+    "PreferenceReport",
+    "PromptDataset",
+    "PromptReport",
     "Record",
     "SFTCollator",
     "SFTDataset",
+    "build_preference_dataset",
+    "build_prompt_dataset",
     "build_sft_dataset",
     "encode_prompt",
     "load_records",
+    "parse_comparison",
     "read_records",
     "stop_token_ids",
 ]

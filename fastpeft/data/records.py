@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from fastpeft.errors import UserError
 
 OnBadRow = Literal["error", "skip"]
+T = TypeVar("T")
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _PAIRS = (("input", "output"), ("prompt", "completion"))
@@ -69,11 +70,11 @@ class Record:
 
 
 @dataclass
-class RecordSet:
+class RecordSet(Generic[T]):
     """What a source held: the good rows, and a complaint for each bad one (``on_bad_row="skip"``)."""
 
     name: str
-    records: list[Record] = field(default_factory=list)
+    records: list[T] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
 
 
@@ -102,7 +103,7 @@ def read_records(
     limit: int | None = None,
     on_bad_row: OnBadRow = "error",
     name: str | None = None,
-) -> RecordSet:
+) -> RecordSet[Record]:
     """Read training examples from a JSON Lines file or from rows in memory.
 
     Args:
@@ -115,6 +116,29 @@ def read_records(
     Raises:
         UserError: the source is missing or empty, or has a bad row and ``on_bad_row`` is ``"error"``, or only bad rows.
     """
+    needed = f"the keys {_FORMS_IN_WORDS}"
+    return read_checked(source, parse_row, needed, limit=limit, on_bad_row=on_bad_row, name=name)
+
+
+def read_checked(
+    source: str | Path | Iterable[Mapping[str, Any]],
+    parse: Callable[[Mapping[str, Any], str], T],
+    needed: str,
+    *,
+    limit: int | None = None,
+    on_bad_row: OnBadRow = "error",
+    name: str | None = None,
+) -> RecordSet[T]:
+    """Read rows of any kind; `read_records` has the arguments that are not here.
+
+    Args:
+        source: path of a file, or the rows themselves.
+        parse: makes a record of a row and of where it came from, or raises RowError.
+        needed: the keys of such rows, for messages.
+        limit: read no more than this many rows.
+        on_bad_row: ``"error"`` or ``"skip"``.
+        name: what messages call the source.
+    """
     if on_bad_row not in ("error", "skip"):
         raise UserError(f"on_bad_row is {on_bad_row!r}; it must be 'error' or 'skip'")
     if limit is not None and limit < 1:
@@ -123,7 +147,7 @@ def read_records(
     if isinstance(source, (str, Path)):
         path = Path(source).expanduser()
         name = name or str(path)
-        rows = _rows_of_file(path, name)
+        rows = _rows_of_file(path, name, needed)
     elif isinstance(source, Iterable) and not isinstance(source, (Mapping, bytes)):
         name = name or "rows"
         rows = ((f"{name}[{index}]", row) for index, row in enumerate(source))
@@ -131,20 +155,22 @@ def read_records(
         raise UserError(
             f"training examples came as {type(source).__name__}; give the path of a JSONL file or a list of rows"
         )
-    found = RecordSet(name)
+    found: RecordSet[T] = RecordSet(name)
     for where, row in rows:
         if limit is not None and len(found.records) + len(found.complaints) >= limit:
             break
         try:
             if isinstance(row, RowError):
                 raise row
-            found.records.append(parse_row(row, where))
+            if not isinstance(row, Mapping):
+                raise RowError(f"a row is {json_type(row)}; it must be an object with {needed}")
+            found.records.append(parse(row, where))
         except RowError as complaint:
             found.complaints.append(f"{where}: {complaint}")
     if found.complaints and (on_bad_row == "error" or not found.records):
         raise UserError(describe_complaints(found.name, found.complaints, len(found.records)))
     if not found.records:
-        raise UserError(f"{found.name}: it is empty; it needs rows with the keys {_FORMS_IN_WORDS}")
+        raise UserError(f"{found.name}: it is empty; it needs rows with {needed}")
     return found
 
 
@@ -161,7 +187,7 @@ def read_prompt_rows(path: str | Path) -> list[Mapping[str, Any]]:
     path = Path(path).expanduser()
     rows: list[Mapping[str, Any]] = []
     complaints = []
-    for where, row in _rows_of_file(path, str(path), for_prompt=True):
+    for where, row in _rows_of_file(path, str(path), _needed_keys(for_prompt=True)):
         try:
             if isinstance(row, RowError):
                 raise row
@@ -227,13 +253,13 @@ def parse_row(row: Mapping[str, Any], where: str, *, for_prompt: bool = False) -
         RowError: the row is not of a known form, or a value is not what its key asks for.
     """
     if not isinstance(row, Mapping):
-        raise RowError(f"a row is {_json_type(row)}; it must be an object with {_needed_keys(for_prompt)}")
+        raise RowError(f"a row is {json_type(row)}; it must be an object with {_needed_keys(for_prompt)}")
     form = _recognise(row, for_prompt)
     if form == ("messages",):
-        return Record(_parse_messages(row["messages"], for_prompt), where)
+        return Record(parse_messages(row["messages"], for_prompt), where)
     prompt_key, answer_key = form
-    prompt = _text(row, prompt_key)
-    answer = _text(row, answer_key) if answer_key in row or not for_prompt else ""
+    prompt = text_at(row, prompt_key)
+    answer = text_at(row, answer_key) if answer_key in row or not for_prompt else ""
     space_needed = prompt and answer and not prompt[-1].isspace() and not answer[0].isspace()
     separator = " " if space_needed and form == ("input", "output") else ""
     return Record((Message("user", prompt), Message("assistant", answer)), where, separator)
@@ -254,10 +280,10 @@ def _recognise(row: Mapping[str, Any], for_prompt: bool) -> tuple[str, ...]:
         raise RowError(f"the object is empty; it needs {_needed_keys(for_prompt)}")
     listed = ", ".join(map(repr, found[:8])) + (", ..." if len(found) > 8 else "")
     if for_prompt:
-        hints = [f"{key!r} where it says {there!r}" for key, there in _near_names(_PROMPT_KEYS, found).items()]
+        hints = [f"{key!r} where it says {there!r}" for key, there in near_names(_PROMPT_KEYS, found).items()]
         hint = f"; did you mean {' or '.join(hints)}?" if hints else ""
         raise RowError(f"no key {_PROMPTS_IN_WORDS}; found {listed}{hint}")
-    near = {form: _near_names(form, found) for form in _FORMS}
+    near = {form: near_names(form, found) for form in _FORMS}
     form = max(_FORMS, key=lambda form: (sum(key in row for key in form), len(near[form])))
     present = any(key in row for key in form)
     if not present and not near[form]:
@@ -274,7 +300,7 @@ def _needed_keys(for_prompt: bool) -> str:
     return f"one of the keys {_PROMPTS_IN_WORDS}" if for_prompt else f"the keys {_FORMS_IN_WORDS}"
 
 
-def _near_names(wanted: Sequence[str], found: Sequence[str]) -> dict[str, str]:
+def near_names(wanted: Sequence[str], found: Sequence[str]) -> dict[str, str]:
     """For each wanted key that is absent, the found key that looks most like it."""
     near = {}
     for key in wanted:
@@ -286,11 +312,11 @@ def _near_names(wanted: Sequence[str], found: Sequence[str]) -> dict[str, str]:
     return near
 
 
-def _text(holder: Mapping[str, Any], key: str, place: str = "") -> str:
+def text_at(holder: Mapping[str, Any], key: str, place: str = "") -> str:
     """The string at a key."""
     value = holder[key]
     if not isinstance(value, str):
-        told = "null" if value is None else f"{_json_type(value)} ({json.dumps(value, default=str)[:40]})"
+        told = "null" if value is None else f"{json_type(value)} ({json.dumps(value, default=str)[:40]})"
         hint = "; write structured answers as a JSON string" if isinstance(value, (dict, list)) else ""
         raise RowError(f"{place}key {key!r} is {told}; it must be a string{hint}")
     if not value.isascii():
@@ -304,24 +330,25 @@ def _text(holder: Mapping[str, Any], key: str, place: str = "") -> str:
     return value
 
 
-def _parse_messages(messages: Any, for_prompt: bool) -> tuple[Message, ...]:
+def parse_messages(messages: Any, for_prompt: bool, key: str = "messages") -> tuple[Message, ...]:
+    """Check a dialogue: its turns, the last of them the assistant's unless ``for_prompt``."""
     if not isinstance(messages, (list, tuple)) or not messages:
-        told = "an empty list" if isinstance(messages, (list, tuple)) else _json_type(messages)
-        raise RowError(f"key 'messages' is {told}; it must be a list of {{'role', 'content'}} objects")
+        told = "an empty list" if isinstance(messages, (list, tuple)) else json_type(messages)
+        raise RowError(f"key {key!r} is {told}; it must be a list of {{'role', 'content'}} objects")
     turns = []
     for index, message in enumerate(messages):
-        place = f"messages[{index}]: "
+        place = f"{key}[{index}]: "
         if not isinstance(message, Mapping):
-            raise RowError(f"{place}it is {_json_type(message)}; it must be an object with 'role' and 'content'")
+            raise RowError(f"{place}it is {json_type(message)}; it must be an object with 'role' and 'content'")
         missing = [key for key in ("role", "content") if key not in message]
         if missing:
-            near = _near_names(("role", "content"), [str(key) for key in message])
+            near = near_names(("role", "content"), [str(key) for key in message])
             hints = [f"{key!r} where it says {near[key]!r}" for key in missing if key in near]
             raise RowError(
                 f"{place}no key {' and '.join(map(repr, missing))}; found {', '.join(map(repr, message)) or 'nothing'}"
                 + (f"; did you mean {' and '.join(hints)}?" if hints else "")
             )
-        role, content = _text(message, "role", place), _text(message, "content", place)
+        role, content = text_at(message, "role", place), text_at(message, "content", place)
         if role not in ROLES:
             close = difflib.get_close_matches(role.lower(), ROLES, n=1, cutoff=_NEAR)
             hint = f"did you mean {close[0]!r}?" if close else f"it must be one of {', '.join(ROLES)}"
@@ -332,19 +359,18 @@ def _parse_messages(messages: Any, for_prompt: bool) -> tuple[Message, ...]:
     return tuple(turns)
 
 
-def _json_type(value: object) -> str:
+def json_type(value: object) -> str:
+    """What a value is in JSON, in words."""
     return _JSON_TYPES.get(type(value), f"a {type(value).__name__}")
 
 
-def _rows_of_file(
-    path: Path, name: str, for_prompt: bool = False
-) -> Iterator[tuple[str, Mapping[str, Any] | RowError]]:
+def _rows_of_file(path: Path, name: str, needed: str) -> Iterator[tuple[str, Mapping[str, Any] | RowError]]:
     """Each non-blank line's place with its object or the complaint about it."""
     for number, line in _lines_of_file(path):
         if number == 1:
             _check_one_object_a_line(line, path)
         try:
-            yield f"{name}:{number}", _parse_line(line, for_prompt)
+            yield f"{name}:{number}", _parse_line(line, needed)
         except RowError as complaint:
             yield f"{name}:{number}", complaint
 
@@ -410,7 +436,7 @@ def _decode(line: bytes) -> str:
         ) from None
 
 
-def _parse_line(line: bytes, for_prompt: bool) -> Mapping[str, Any]:
+def _parse_line(line: bytes, needed: str) -> Mapping[str, Any]:
     text = _decode(line)
     try:
         row = json.loads(text, object_pairs_hook=_no_duplicates)
@@ -420,7 +446,7 @@ def _parse_line(line: bytes, for_prompt: bool) -> Mapping[str, Any]:
     except (ValueError, RecursionError) as error:
         raise RowError(f"not valid JSON: {_lower_first(str(error))}") from None
     if not isinstance(row, dict):
-        raise RowError(f"the line is {_json_type(row)}; it must be an object with {_needed_keys(for_prompt)}")
+        raise RowError(f"the line is {json_type(row)}; it must be an object with {needed}")
     return row
 
 

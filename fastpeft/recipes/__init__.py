@@ -1,4 +1,4 @@
-"""Whole jobs on top of the other rooms: the YAML schema, loading, ``run_sft``, generation, plots, ``environment``.
+"""Whole jobs on top of the other rooms: YAML, loading, ``run_sft`` and its kin, generation, plots, ``environment``.
 
 Names are imported when first used: ``environment`` has to report a native core that does not load, and ``plot_run``
 needs neither torch nor transformers.
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastpeft.recipes.info import environment
     from fastpeft.recipes.load import load_model, load_tokenizer
     from fastpeft.recipes.plot import plot_run
+    from fastpeft.recipes.preferences import run_dpo, run_ppo, run_reward
     from fastpeft.recipes.run_folder import run_sources
     from fastpeft.recipes.schema import (
         DataSection,
@@ -45,7 +46,10 @@ __all__ = [
     "plot_run",
     "read_model_config",
     "read_prompts",
+    "run_dpo",
     "run_export",
+    "run_ppo",
+    "run_reward",
     "run_sft",
     "run_sources",
 ]
@@ -62,6 +66,9 @@ _FILES = {
     "plot_run": "plot",
     "read_prompts": "generate",
     "run_export": "export",
+    "run_dpo": "preferences",
+    "run_ppo": "preferences",
+    "run_reward": "preferences",
     "run_sft": "sft",
     "run_sources": "run_folder",
 }

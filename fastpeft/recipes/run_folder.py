@@ -26,6 +26,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from fastpeft.errors import UserError
+from fastpeft.methods import PeftModel
 from fastpeft.recipes.plot import METRICS_FILE, PLOT_FILE
 from fastpeft.recipes.schema import RUN_MARK, ModelConfig, RunConfig, read_model_config
 from fastpeft.recipes.yaml_file import read_settings
@@ -159,15 +160,16 @@ def save_result(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, fol
     """Save under another name and rename, so that a folder of this name is always complete.
 
     Args:
-        model: with adapters, which alone are saved then, or without.
+        model: with adapters, of which the one named "default" alone is saved, or without.
         tokenizer: saved too, where there is one.
         folder: the run's `result_folder`.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    for part in (model, tokenizer):
-        if part is not None:
-            part.save_pretrained(str(partial))  # type: ignore[operator]  # both kinds of model have it
+    chosen = {"selected_adapters": ["default"]} if isinstance(model, PeftModel) else {}
+    model.save_pretrained(str(partial), **chosen)  # type: ignore[operator]  # both kinds of model have it
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(partial))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
 
@@ -261,6 +263,8 @@ def _spare_inputs(config: RunConfig, made: Iterable[Path], *, deleted: bool) -> 
         "model.path": config.model.path,
         "data.train": config.data.train,
         "data.eval": config.data.eval,
+        "peft.adapter": config.peft.adapter,
+        "reward.adapter": config.reward.adapter,
     }
     where = config.settings.origin("train", "output_dir")
     for key, given in inputs.items():

@@ -1,9 +1,11 @@
-"""The YAML of ``fastpeft sft``: its sections as dataclasses, and reading them with complaints that name lines.
+"""The YAML of ``fastpeft sft | reward | dpo | ppo``: its sections as dataclasses, and complaints that name lines.
 
-    model: {path: ..., gguf_file: ..., dtype: auto, quantize: nf4}       ModelConfig
-    peft:  {method: lora, r: 16, target_modules: all-linear, ...}        the fields of LoraConfig
-    data:  {train: train.jsonl, eval: val.jsonl, max_length: 512}        DataSection
-    train: {output_dir: runs/orders, max_steps: 150, ...}                the fields of SFTConfig
+    model:  {path: ..., gguf_file: ..., dtype: auto, quantize: nf4}      ModelConfig
+    peft:   {method: lora, r: 16, target_modules: all-linear, ...}       the fields of LoraConfig, or (dpo, ppo)
+            {adapter: runs/sft/adapter}                                  an adapter to go on from and be held to
+    data:   {train: train.jsonl, eval: val.jsonl, max_length: 512}       DataSection
+    reward: {adapter: runs/reward/adapter, function: rules.py:brief}     RewardSection (ppo)
+    train:  {output_dir: runs/orders, max_steps: 150, ...}               the fields of the trainer's config
 
 Everything here is checked without opening the model: keys, types, ranges, and whether the data files exist.
 """
@@ -26,7 +28,7 @@ from fastpeft.errors import UserError, did_you_mean
 from fastpeft.methods import LoraConfig
 from fastpeft.models.accelerate import check_checkpointing
 from fastpeft.recipes.yaml_file import Settings, read_settings, shown
-from fastpeft.trainers import SFTConfig
+from fastpeft.trainers import BaseConfig, DPOConfig, PPOConfig, RewardConfig, SFTConfig
 
 # First line of a run folder's config.yaml. What lies beside it under a run's names may be replaced by another run.
 RUN_MARK = "# Settings of a fastpeft run, with defaults and paths filled in. This line marks the folder as a run's."
@@ -41,6 +43,14 @@ _PLAIN: dict[Any, Any] = {
     **{kind: kind for kind in (bool, int, str, list, dict, type(None))},
     float: (int, float),
 }
+# Each kind of run: its trainer's config, and what that calls the limit that data.max_length sets.
+KINDS: dict[str, tuple[type[BaseConfig], str]] = {
+    "sft": (SFTConfig, "max_length"),
+    "reward": (RewardConfig, "max_length"),
+    "dpo": (DPOConfig, "max_length"),
+    "ppo": (PPOConfig, "max_prompt_length"),
+}
+_FROM_ADAPTER = ("dpo", "ppo")  # kinds that can go on from an adapter
 _RUN_FOLDER = "a folder for the run, such as runs/first"
 _WORDS: dict[Any, str] = {
     bool: "true or false",
@@ -95,11 +105,13 @@ class PeftSection:
 
     Args:
         method: "lora", or "none" for all weights of the model.
-        lora: the adapter; None when ``method`` is "none".
+        lora: the adapter; None when ``method`` is "none", or ``adapter`` is given.
+        adapter: the folder of an adapter that is trained on, and is the reference as it stands there.
     """
 
     method: Literal["lora", "none"] = "lora"
     lora: LoraConfig | None = None
+    adapter: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +132,19 @@ class DataSection:
 
 
 @dataclass(frozen=True)
+class RewardSection:
+    """What scores completions in ``fastpeft ppo``; two scores add up.
+
+    Args:
+        adapter: the folder of a reward adapter, as ``fastpeft reward`` leaves it.
+        function: a Python function as ``file.py:name``.
+    """
+
+    adapter: Path | None = None
+    function: str | None = None
+
+
+@dataclass(frozen=True)
 class TrainSection:
     """How long and how fast.
 
@@ -129,7 +154,7 @@ class TrainSection:
         overwrite: replace an earlier run in ``args.output_dir``.
     """
 
-    args: SFTConfig
+    args: BaseConfig
     resume: bool = False
     overwrite: bool = False
 
@@ -143,6 +168,8 @@ class RunConfig:
     data: DataSection
     train: TrainSection
     settings: Settings
+    kind: str = "sft"
+    reward: RewardSection = RewardSection()
 
     @property
     def output_dir(self) -> Path:
@@ -155,22 +182,29 @@ class RunConfig:
         ``train.resume`` and ``train.overwrite`` are left out: they are about one start, and rerunning the file must
         not erase a run.
         """
-        sections = {name: dict(self.settings.values.get(name) or {}) for name in ("model", "peft", "data", "train")}
+        names = ("model", "peft", "data", *(("reward",) if self.kind == "ppo" else ()), "train")
+        sections = {name: dict(self.settings.values.get(name) or {}) for name in names}
         data = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.data).items()}
         sections["model"] = vars(self.model)
         sections["peft"] = {"method": self.peft.method, **sections["peft"]}
+        if self.peft.adapter is not None:
+            sections["peft"]["adapter"] = str(self.peft.adapter)
+        if self.kind == "ppo":
+            found = {key: value for key, value in vars(self.reward).items() if value is not None}
+            sections["reward"] = {key: str(value) for key, value in found.items()}
         sections["data"] = {key: value for key, value in data.items() if value is not None}
         sections["train"] = {key: value for key, value in sections["train"].items() if key not in _START_KEYS}
         sections["train"]["output_dir"] = str(self.output_dir)
         return f"{RUN_MARK}\n{yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=120)}"
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+def load_config(path: str | Path, overrides: Iterable[str] = (), kind: str = "sft") -> RunConfig:
     """Read and check the YAML of a run.
 
     Args:
         path: the file. Paths in it are taken from the current folder, else from the file's.
         overrides: ``"a.b=c"``, applied in their order.
+        kind: one of `KINDS`.
     Returns:
         The checked configuration. Nothing is written and no model is opened.
     Raises:
@@ -178,13 +212,16 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """
     settings = read_settings(path, overrides)
     lora_hints = _hints(LoraConfig)
-    args_hints = {
-        key: hint for key, hint in _hints(SFTConfig).items() if key not in {*_hints(DataSection), *_NO_TRAIN_KEYS}
-    }
+    config_class, limit = KINDS[kind]
+    elsewhere = {*_hints(DataSection), *_NO_TRAIN_KEYS, limit}
+    args_hints = {key: hint for key, hint in _hints(config_class).items() if key not in elsewhere}
+    peft_hints = _hints(PeftSection)
+    from_adapter = {"adapter": peft_hints["adapter"]} if kind in _FROM_ADAPTER else {}
     tables = {
         "model": _hints(ModelConfig),
-        "peft": {"method": _hints(PeftSection)["method"], **lora_hints},
+        "peft": {"method": peft_hints["method"], **from_adapter, **lora_hints},
         "data": _hints(DataSection),
+        **({"reward": _hints(RewardSection)} if kind == "ppo" else {}),
         "train": {**dict.fromkeys(_START_KEYS, bool), **args_hints},
     }
     problems = [
@@ -192,7 +229,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         for name in settings.values
         if name not in tables
     ]
-    model, peft, data, train = (_read_section(settings, name, tables, problems) for name in tables)
+    read = {name: _read_section(settings, name, tables, problems) for name in tables}
+    model, peft, data, train = (read[name] for name in ("model", "peft", "data", "train"))
+    reward = read.get("reward", {})
     for name, values, key, example in (
         ("model", model, "path", "a model folder or hub id"),
         ("data", data, "train", "a JSONL file"),
@@ -201,12 +240,23 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         if values.get(key) is None and key not in (settings.values.get(name) or {}):
             problems.append(f"{settings.origin(name)}: {name}.{key} is missing; give it {example}")
     _resolve_paths(settings, model, data, problems)
+    _resolve_adapters(settings, peft, reward, problems)
+    if kind == "ppo" and not any(reward.values()):
+        problems.append(
+            f"{settings.origin('reward')}: reward is missing; give it an adapter, or a function as file.py:name"
+        )
     if "output_dir" in train:
         _resolve_output_dir(settings, train, problems)
     if problems:
         raise UserError("\n".join(problems))
 
-    method = peft.pop("method", "lora")
+    method, adapter = peft.pop("method", "lora"), peft.pop("adapter", None)
+    if adapter is not None and (peft or method != "lora"):
+        key = next(iter(peft), "method")
+        raise UserError(
+            f"{settings.origin('peft', key)}: peft.{key} does not go with peft.adapter, whose own settings stay; leave "
+            "one of them out"
+        )
     lora = _lora_config(settings, peft)
     model_config = _model_config(settings, model)
     if method == "none" and model_config.quantize != "none":
@@ -218,14 +268,15 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     data_section = DataSection(**data)
     if data_section.eval is not None:
         train.setdefault("eval_strategy", "steps" if "eval_steps" in train else "epoch")
-    args = _sft_config(settings, train, data_section)
+    args = _trainer_config(settings, train, data_section, config_class, limit)
     if data_section.eval is None and args.eval_strategy != "no":
         raise UserError(
             f"{settings.origin('train', 'eval_strategy')}: train.eval_strategy is {train['eval_strategy']!r}, and "
             "there is nothing to evaluate on; give data.eval a JSONL file"
         )
-    peft_section = PeftSection(method, lora if method == "lora" else None)
-    return RunConfig(model_config, peft_section, data_section, TrainSection(args, resume, overwrite), settings)
+    peft_section = PeftSection(method, lora if method == "lora" and adapter is None else None, adapter)
+    train_section = TrainSection(args, resume, overwrite)
+    return RunConfig(model_config, peft_section, data_section, train_section, settings, kind, RewardSection(**reward))
 
 
 def read_model_config(settings: Settings) -> ModelConfig:
@@ -343,16 +394,45 @@ def _described(hint: Any) -> str:
     return _WORDS.get(hint, "")
 
 
-def _resolve_paths(settings: Settings, model: dict[str, Any], data: dict[str, Any], problems: list[str]) -> None:
-    """Make paths absolute: from the current folder, else from the YAML's; data files have to exist."""
+def _found(settings: Settings, path: Path) -> Path | None:
+    """A path made absolute: from the current folder, else from the YAML's; None if it is in neither."""
     folders = [Path.cwd(), Path(settings.name).resolve().parent]
+    return next((full for folder in folders if (full := folder / path.expanduser()).exists()), None)
 
-    def found(path: Path) -> Path | None:
-        return next((full for folder in folders if (full := folder / path.expanduser()).exists()), None)
 
+def _resolve_adapters(settings: Settings, peft: dict[str, Any], reward: dict[str, Any], problems: list[str]) -> None:
+    """Make the paths of adapters and of the reward function's file absolute; they have to exist."""
+    for section, values in (("peft", peft), ("reward", reward)):
+        if isinstance(path := values.get("adapter"), Path):
+            where = settings.origin(section, "adapter")
+            full = _found(settings, path)
+            if full is None:
+                problems.append(f"{where}: {section}.adapter: there is no folder {path}")
+            elif not (full / "adapter_config.json").is_file():
+                problems.append(
+                    f"{where}: {section}.adapter: {path} is no adapter: there is no adapter_config.json in it"
+                )
+            values["adapter"] = full
+    function = reward.get("function")
+    if isinstance(function, str):
+        where = settings.origin("reward", "function")
+        file, _, name = function.rpartition(":")
+        full = _found(settings, Path(file)) if file else None
+        if not name.isidentifier() or not file.endswith(".py"):
+            problems.append(
+                f"{where}: reward.function is {function!r}; give the file and the function, as rules.py:brief"
+            )
+        elif full is None:
+            problems.append(f"{where}: reward.function: there is no file {file}")
+        else:
+            reward["function"] = f"{full}:{name}"
+
+
+def _resolve_paths(settings: Settings, model: dict[str, Any], data: dict[str, Any], problems: list[str]) -> None:
+    """Make paths absolute; data files have to exist."""
     for key in ("train", "eval"):
         if isinstance(path := data.get(key), Path):
-            full = found(path)
+            full = _found(settings, path)
             if full is None:
                 beside = f" or beside {settings.name}" if not path.expanduser().is_absolute() else ""
                 here = " in the current folder" if beside else ""
@@ -361,7 +441,7 @@ def _resolve_paths(settings: Settings, model: dict[str, Any], data: dict[str, An
                 problems.append(f"{settings.origin('data', key)}: data.{key}: {path} is a folder; give a JSONL file")
             data[key] = full
     if isinstance(path := model.get("path"), str) and not path.startswith("package:"):
-        model["path"] = str(found(Path(path)) or path)
+        model["path"] = str(_found(settings, Path(path)) or path)
 
 
 def _resolve_output_dir(settings: Settings, train: dict[str, Any], problems: list[str]) -> None:
@@ -402,16 +482,19 @@ def _lora_config(settings: Settings, values: dict[str, Any]) -> LoraConfig:
         raise UserError(f"{settings.origin('peft', key)}: peft.{message}") from error
 
 
-def _sft_config(settings: Settings, values: dict[str, Any], data: DataSection) -> SFTConfig:
-    shared: dict[str, Any] = {"max_length": data.max_length, "on_bad_row": data.on_bad_row}
+def _trainer_config(
+    settings: Settings, values: dict[str, Any], data: DataSection, config_class: type[BaseConfig], limit: str
+) -> BaseConfig:
+    shared: dict[str, Any] = {limit: data.max_length, "on_bad_row": data.on_bad_row}
     try:
-        return SFTConfig(**values, **shared)
+        return config_class(**values, **shared)
     except (ValueError, ImportError, NotImplementedError) as error:
-        message = re.sub(r"^SFTConfig:\s*", "", str(error))
+        message = re.sub(rf"^{config_class.__name__}:\s*", "", str(error)).replace(limit, "max_length")
+        shared["max_length"] = data.max_length
         # Ours begin with the key; those of transformers name the key somewhere or begin with the value.
         texts = {key: value for key, value in values.items() if isinstance(value, str)}
         first = re.split(r"\W", message, maxsplit=1)[0]
-        own = (key for key in _hints(SFTConfig) if key == first)
+        own = (key for key in (*_hints(config_class), "max_length") if key == first)
         by_value = (key for key, value in texts.items() if re.match(rf"'?{re.escape(value)}\b", message))
         by_name = (key for key in {**shared, **values} if re.search(rf"\b{key}\b", message))
         key = next(own, None) or next(by_value, None) or next(by_name, None)

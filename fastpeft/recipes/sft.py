@@ -1,139 +1,25 @@
-"""Supervised fine-tuning as one function: a checked configuration in, a run folder out.
-
-The order is the point. Settings, data, tokenizer, and the adapter on a skeleton without weights are checked first, so
-that a mistake shows in seconds and leaves nothing behind; then the weights are read. The run folder changes last, when
-the trainer stands at its first step (`run_folder`).
-"""
+"""Supervised fine-tuning as one function."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
-import transformers
-
-from fastpeft.data import SFTDataset, build_sft_dataset
-from fastpeft.errors import UserError
-from fastpeft.methods import get_peft_model
-from fastpeft.methods.inject import plan_adapter
-from fastpeft.models import accelerate, report
-from fastpeft.recipes.load import check_device, load_tokenizer, load_weights, model_skeleton, read_config
-from fastpeft.recipes.plot import plot_run
-from fastpeft.recipes.run_folder import (
-    BeginRunFolder,
-    check_run_folder,
-    no_empty_folders_left,
-    result_folder,
-    save_result,
-)
+from fastpeft.data import build_sft_dataset
+from fastpeft.recipes.job import Job, run_job
 from fastpeft.recipes.schema import RunConfig
 from fastpeft.trainers import SFTTrainer
 
 
 def run_sft(config: RunConfig, say: Callable[[str], None] | None = None) -> Path:
-    """Fine-tune as the configuration says.
+    """Fine-tune as the configuration says; see `fastpeft.recipes.job.run_job`.
 
     Args:
         config: what ``load_config`` read.
         say: called with lines about what is going on, by the first process only; None prints them.
     Returns:
-        The run folder: ``config.yaml``, ``metrics.jsonl``, ``checkpoint-N/``, ``loss.png`` (with matplotlib), and
-        ``adapter/`` in PEFT's layout, or ``model/`` after training all weights.
+        The run folder.
     Raises:
-        UserError: something in the settings, the data or the model folder is wrong, or the checkpoint to resume from
-            cannot be used; the run folder is as it was then.
+        UserError: something in the settings, the data or the model folder is wrong.
     """
-    args = config.train.args
-    is_first = args.process_index == 0
-    say = (say or _print_now) if is_first else _say_nothing
-    check_device(args.device)
-    resume = check_run_folder(config)
-    if config.train.resume and not resume:
-        say(f"no checkpoint in {config.output_dir} to resume from; starting at the beginning")
-
-    with _complaints_name_lines(config, "model"):
-        tokenizer = load_tokenizer(config.model)
-    train_rows = _dataset(config, "train", tokenizer)
-    eval_rows = _dataset(config, "eval", tokenizer) if config.data.eval is not None else None
-    for rows in (train_rows, eval_rows):
-        if rows is not None:
-            say(rows.report.summary())
-    with _complaints_name_lines(config, "model"):
-        base_config = read_config(config.model)
-    with _complaints_name_lines(config, "peft"):
-        if config.peft.lora is not None:
-            plan_adapter(model_skeleton(base_config), config.peft.lora)
-
-    say(f"loading {config.model.path}")
-    with _complaints_name_lines(config, "model"):
-        base = load_weights(config.model, base_config, tokenizer, args.device)
-    if config.model.accelerates(args.device):
-        options = config.model.checkpointing, config.model.activation_budget_gb
-        accelerate(base, checkpointing=options[0], activation_budget_gb=options[1])
-        say(str(report(base)))
-    transformers.set_seed(args.seed)  # the adapter's first values
-    with _complaints_name_lines(config, "peft"):
-        model = base if config.peft.lora is None else get_peft_model(base, config.peft.lora)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f"training {trainable:,} parameters on {args.device}")
-
-    with no_empty_folders_left(config.output_dir):
-        trainer = SFTTrainer(
-            model,
-            args=args,
-            train_dataset=train_rows,
-            eval_dataset=eval_rows,
-            processing_class=tokenizer,
-            callbacks=[BeginRunFolder(config, resume)],
-        )
-        trainer.train(resume_from_checkpoint=resume)
-
-    saved = result_folder(config)
-    if is_first and not (trainer.nothing_to_do and saved.exists()):
-        save_result(model, tokenizer if config.peft.lora is None else None, saved)
-        say(f"saved {saved}")
-        try:
-            say(f"loss curve: {plot_run(config.output_dir)}")
-        except UserError as error:  # no matplotlib, or nothing was logged: the training stands
-            say(f"no loss curve: {error}")
-    return config.output_dir
-
-
-def _print_now(line: str) -> None:
-    print(line, flush=True)
-
-
-def _say_nothing(line: str) -> None:
-    """What processes other than the first have to say."""
-
-
-def _dataset(config: RunConfig, key: str, tokenizer: transformers.PreTrainedTokenizerBase) -> SFTDataset:
-    # Messages name the file as the user wrote it.
-    return build_sft_dataset(
-        getattr(config.data, key),
-        tokenizer,
-        max_length=config.data.max_length,
-        on_bad_row=config.data.on_bad_row,
-        name=str(config.settings.values["data"][key]),
-    )
-
-
-@contextmanager
-def _complaints_name_lines(config: RunConfig, section: Literal["model", "peft"]) -> Iterator[None]:
-    """Put the line of the key that a complaint is about before it.
-
-    Those about the adapter begin with the key, those about the model with ``model.`` and the key, or name what failed.
-    """
-    try:
-        yield
-    except UserError as error:
-        message = re.sub(r"^quantize: skip\b", "model.skip_modules", str(error))
-        if section == "peft":
-            message = f"peft.{message}"
-        key = re.split(r"\W", message.removeprefix(f"{section}."), maxsplit=1)[0]
-        if section == "model" and key not in vars(config.model):
-            key = "path"
-        raise UserError(f"{config.settings.origin(section, key)}: {message}") from error
+    return run_job(config, Job(build_sft_dataset, SFTTrainer), say)
