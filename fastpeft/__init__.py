@@ -12,17 +12,23 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "AdamW": "fastpeft.optim",
+    "BottleneckAdapterConfig": "fastpeft.methods",
     "CudaError": "fastpeft.errors",
     "FastpeftError": "fastpeft.errors",
+    "FullConfig": "fastpeft.methods",
+    "IA3Config": "fastpeft.methods",
     "LoRALinear": "fastpeft.nn",
     "LoraConfig": "fastpeft.methods",
     "NF4Linear": "fastpeft.nn",
     "PeftModel": "fastpeft.methods",
+    "PromptEncoderConfig": "fastpeft.methods",
+    "PromptTuningConfig": "fastpeft.methods",
     "SFTConfig": "fastpeft.trainers",
     "SFTTrainer": "fastpeft.trainers",
     "UserError": "fastpeft.errors",
     "accelerate": "fastpeft.models",
     "get_peft_model": "fastpeft.methods",
+    "lora_plus_groups": "fastpeft.methods",
     "quantize": "fastpeft.models",
     "restore": "fastpeft.models",
 }
