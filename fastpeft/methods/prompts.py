@@ -94,8 +94,9 @@ class PromptTuningConfig(PromptConfig):
 
     def make(self, width: int, embeddings: nn.Module, from_file: bool) -> SoftPrompt:
         """Virtual tokens to begin with."""
+        drawn = nn.Embedding(self.num_virtual_tokens, width).weight.detach()  # first in any case, as in PEFT
         if self.prompt_tuning_init == "RANDOM" or from_file:
-            return SoftPrompt(torch.nn.Embedding(self.num_virtual_tokens, width).weight.detach())
+            return SoftPrompt(drawn)
         weight: Tensor = embeddings.weight  # type: ignore[assignment]
         if self.prompt_tuning_init == "SAMPLE_VOCAB":
             ids = torch.randint(0, weight.shape[0], (self.num_virtual_tokens,))

@@ -168,7 +168,7 @@ def plan_modules_to_save(modules: dict[str, nn.Module], config: Any) -> list[str
     """
     planned: list[str] = []
     for entry in config.modules_to_save or []:
-        names = [name for name in modules if _ends_with(name, entry)]
+        names = [name for name in modules if name.endswith(entry)]  # PEFT's rule, within a part of a name too
         if not names:
             raise UserError(f"modules_to_save: '{entry}' matches no module of the model; {near(entry, modules)}")
         for name in names:
