@@ -17,7 +17,7 @@ from torch import nn
 
 from fastpeft.errors import UserError
 from fastpeft.models.replace import replace_linear
-from fastpeft.nn import LoRALinear, NF4Linear
+from fastpeft.nn import Adapted, NF4Linear
 from fastpeft.ops.nf4_weight import BLOCK_SIZES
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -58,7 +58,7 @@ def quantize(model: _Model, *, block_size: int = 64, double_quant: bool = True, 
 def _choose(model: nn.Module, skip: Iterable[str]) -> set[str]:
     """Check everything that can go wrong, and name the layers to quantise."""
     modules = {name: module for name, module in model.named_modules() if name}
-    if any(isinstance(module, LoRALinear) for module in modules.values()):
+    if any(isinstance(module, Adapted) for module in modules.values()):
         raise UserError("quantize: the model has adapters; quantise first and add adapters then (get_peft_model)")
     skipped = {name for entry in skip for name in _named(entry, modules)}
     head = _output_embedding(model)

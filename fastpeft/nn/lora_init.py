@@ -78,7 +78,7 @@ def principal_start(weight: Tensor, r: int, scale: float, how: str) -> tuple[Ten
         u, s, v = torch.svd_lowrank(weight, r, niter=int(how[len(_PISSA_NITER) :]))
         vh = v.t()
     root = (s / scale).sqrt()
-    return root[:, None] * vh, u * root
+    return (root[:, None] * vh).contiguous(), (u * root).contiguous()
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def loftq_start(
         packed = nf4_quantize((weight - low_rank).to(dtype))
         u, s, vh = torch.linalg.svd(weight - nf4_dequantize(packed, torch.float32), full_matrices=False)
         root = (s[:r] / scale).sqrt()
-        a, b = root[:, None] * vh[:r], u[:, :r] * root
+        a, b = (root[:, None] * vh[:r]).contiguous(), (u[:, :r] * root).contiguous()
         low_rank = scale * (b @ a)
     return packed, a, b
 
