@@ -300,11 +300,11 @@ def _advice(file: AdapterFile, report: LoadReport, places: Mapping[str, tuple[in
             f"the file's keys lack the prefix '{KEY_PREFIX}': they were saved from the inner model. Put it before "
             "every key and save the file again with safetensors"
         )
-    if foreign and len(foreign) == len(file.tensors) and any(key.startswith(KEY_PREFIX) for key in places):
+    if foreign and len(foreign) == len(file.tensors) and any(key.startswith(KEY_PREFIX) for key in report.missing):
         return (
             f"no key of the file begins with '{KEY_PREFIX}': another library wrote it. Convert the keys to PEFT's names"
         )
-    if any(_without_adapter_name(key) in places for key in report.unexpected):
+    if any(name in places for key in report.unexpected for name in _without_adapter_name(key)):
         return (
             "the file's keys hold an adapter's name ('lora_A.default.weight'): they come from model.state_dict(). "
             "Remove the name from every key, or write the file with save_pretrained"
@@ -324,7 +324,12 @@ def _shape_advice(file: AdapterFile, mismatch: tuple[str, tuple[int, ...], tuple
             f"the file's rank is {there[rank_axis]} where {CONFIG_NAME} says {here[rank_axis]}: the two files do not "
             "belong together. Correct r and rank_pattern in it, or take both from one save"
         )
-    if ".lora_" not in key and there[1:] == here[1:]:
+    if key == "prompt_embeddings" and there[1:] == here[1:]:
+        return (
+            f"the file has {there[0]} virtual tokens where {CONFIG_NAME} says {here[0]}: the two files do not belong "
+            "together. Correct num_virtual_tokens, or take both from one save"
+        )
+    if ".lora_" not in key and there[1:] == here[1:] and key.startswith(KEY_PREFIX) and key.endswith(".weight"):
         return (
             f"the vocabulary was resized when the adapter was trained: call model.resize_token_embeddings({there[0]}) "
             "on the base model first"
@@ -333,9 +338,10 @@ def _shape_advice(file: AdapterFile, mismatch: tuple[str, tuple[int, ...], tuple
     return "the adapter belongs to a base model of other sizes" + (f": load '{base}'" if base else "; load that one")
 
 
-def _without_adapter_name(key: str) -> str:
+def _without_adapter_name(key: str) -> tuple[str, str]:
+    """The key without its last part but one, or its last."""
     parts = key.split(".")
-    return ".".join(parts[:-2] + parts[-1:])
+    return ".".join(parts[:-2] + parts[-1:]), ".".join(parts[:-1])
 
 
 @contextmanager

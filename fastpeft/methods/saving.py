@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,9 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.errors import UserError
+from fastpeft.methods.bottleneck import ATTENTION_SITE, OUTPUT_SITE
 from fastpeft.methods.files import KEY_PREFIX, AdapterFile, LoadReport, compare
 from fastpeft.methods.targets import outer_modules
 from fastpeft.nn import Adapted, AdaptedLinear, BottleneckSite, LoRALinear, Prompts
+
+# AdapterHub's keys hold the name that the adapter had when it was saved.
+_SITE_NAME = re.compile(rf"((?:{ATTENTION_SITE}|{OUTPUT_SITE})\.adapters)\.[^.]+\.")
 
 
 def adapted_modules(wrapper: nn.Module) -> Iterator[tuple[str, Adapted]]:
@@ -92,10 +97,10 @@ def fill(wrapper: nn.Module, adapter_name: str, config: Any, file: AdapterFile, 
     """
     state = tensors_of(wrapper)
     holders = [(key_prefix(name, m), m) for name, m in adapted_modules(wrapper) if adapter_name in m.held()]
-    tensors = dict(file.tensors)
+    tensors = {_SITE_NAME.sub(rf"\1.{adapter_name}.", key): tensor for key, tensor in file.tensors.items()}
     for prefix, module in holders:
-        tails = {key[len(prefix) :]: key for key in file.tensors if key.startswith(prefix)}
-        whole = module.as_saved(adapter_name, {tail: file.tensors[key] for tail, key in tails.items()})
+        tails = {key[len(prefix) :]: key for key in tensors if key.startswith(prefix)}
+        whole = module.as_saved(adapter_name, {tail: tensors[key] for tail, key in tails.items()})
         tensors.update({tails[tail]: tensor for tail, tensor in whole.items()})
     file = dataclasses.replace(file, tensors=tensors)
 
