@@ -4,6 +4,8 @@ Virtual tokens lengthen every sequence by v. What goes in and comes out is that 
 ``logits_to_keep``, labels and logits are those of ``input_ids`` (stock PEFT gives logits for v + t positions). A loss
 from ``labels`` is PEFT's: the last virtual token predicts the text's first.
 
+In a packed row (positions that begin anew, and no mask) they stand before each text.
+
 For generation they are read once, into the KV cache, and the text continues from there.
 """
 
@@ -21,6 +23,7 @@ from fastpeft.errors import UserError
 from fastpeft.methods.config_base import AdapterConfig
 from fastpeft.methods.full import FullConfig, train_fully
 from fastpeft.methods.model import PeftModel
+from fastpeft.methods.virtual import Layout
 from fastpeft.nn import Prompts
 
 _CACHES = ("past_key_values", "cache")
@@ -106,50 +109,59 @@ class PeftModelForCausalLM(PeftModel):
 
     def _with_tokens(self, tokens: Tensor, given: dict[str, Any]) -> Any:
         """Run the model with virtual tokens before the text."""
-        base, (rows, count, _) = self.get_base_model(), tokens.shape
-        mask = given.get("attention_mask")
-        if mask is not None:
-            if mask.dim() != 2:
-                raise UserError(
-                    f"attention_mask has {mask.dim()} dimensions; virtual tokens need it as (batch, t), 0 at padding"
-                )
-            given["attention_mask"] = torch.cat((mask.new_ones(rows, count), mask), 1)
-        if any(_is_filled(given.get(name)) for name in _CACHES):
-            return base(**given)  # they are in the cache
+        base, count = self.get_base_model(), tokens.shape[1]
+        mask, positions = given.get("attention_mask"), given.get("position_ids")
+        if mask is not None and mask.dim() != 2:
+            raise UserError(
+                f"attention_mask has {mask.dim()} dimensions; virtual tokens need it as (batch, t), 0 at padding"
+            )
+        if any(_is_filled(given.get(name)) for name in _CACHES):  # they are in the cache
+            if mask is not None:
+                given["attention_mask"] = torch.cat((mask.new_ones(mask.shape[0], count), mask), 1)
+            if positions is not None:
+                given["position_ids"] = positions + count
+            return base(**given)
         ids, embeds = given.pop("input_ids"), given.get("inputs_embeds")
         if embeds is None:
             embeds = base.get_input_embeddings()(ids)  # type: ignore[operator]
-        length = embeds.shape[1]
-        given["inputs_embeds"] = torch.cat((tokens.to(embeds.dtype), embeds), 1)
-        if (positions := given.get("position_ids")) is not None:
+        if positions is not None and mask is None:
+            layout = Layout.packed(count, positions)
+            if layout.virtual.shape[1] > count:
+                given.setdefault("use_cache", False)  # with a cache transformers keeps packed texts apart no longer
+        else:
+            layout = Layout.plain(count, embeds.shape[1], embeds.device)
+        given["inputs_embeds"] = layout.insert(embeds, tokens)
+        if mask is not None:
+            given["attention_mask"] = layout.constant(mask, 1)
+        if positions is not None:
             first = torch.arange(count, device=positions.device).expand(positions.shape[0], -1)
-            given["position_ids"] = torch.cat((first, positions + count), 1)
-        strips = self._place_targets(given, count, length)
+            given["position_ids"] = layout.insert(positions + count, first)
+        strips = self._place_targets(given, layout)
         as_tuple = given.pop("return_dict", None) is False
         outputs = base(**given)
         if strips and outputs.logits is not None:
-            outputs.logits = outputs.logits[:, count:]
+            outputs.logits = layout.take(outputs.logits)
         return outputs.to_tuple() if as_tuple else outputs
 
-    def _place_targets(self, given: dict[str, Any], count: int, length: int) -> bool:
-        """Move labels and positions behind the virtual tokens.
+    def _place_targets(self, given: dict[str, Any], layout: Layout) -> bool:
+        """Move labels and positions to where the text stands.
 
         Returns:
-            Whether the logits begin with those of the virtual tokens.
+            Whether the logits are those of virtual tokens too.
         """
         keep = given.get("logits_to_keep")
         if isinstance(keep, Tensor):
-            given["logits_to_keep"] = keep + count
+            given["logits_to_keep"] = layout.moved(keep)
             return False
         if keep:
             return False
         targets = [name for name in ("labels", "shift_labels") if given.get(name) is not None]
         for name in targets:
-            labels = given[name]
-            given[name] = torch.cat((labels.new_full((labels.shape[0], count), _IGNORE_INDEX), labels), 1)
-        if targets or "logits_to_keep" not in inspect.signature(self.get_base_model().forward).parameters:
+            given[name] = layout.constant(given[name], _IGNORE_INDEX)
+        accepts = "logits_to_keep" in inspect.signature(self.get_base_model().forward).parameters
+        if targets or not accepts or len(layout.place) > 1:
             return True
-        given["logits_to_keep"] = torch.arange(count, count + length, device=given["inputs_embeds"].device)
+        given["logits_to_keep"] = layout.place[0]
         return False
 
     def _generate_after(self, tokens: Tensor, ids: Tensor, args: Any, kwargs: dict[str, Any]) -> Any:

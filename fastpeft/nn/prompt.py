@@ -13,6 +13,7 @@ Trained numbers, v virtual tokens of width d:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 
 import torch
@@ -135,11 +136,7 @@ class Prompts(Adapted):
         """The virtual tokens themselves, as PEFT stores them."""
         prompt = self.prompt(adapter_name)
         values = {name: get(f"prompts.{adapter_name}.{name}") for name, _ in prompt.named_parameters()}
-        training = prompt.training
-        with torch.no_grad():
-            tokens = torch.func.functional_call(prompt.eval(), values, ())
-        prompt.train(training)
-        return {"prompt_embeddings": tokens}
+        return {"prompt_embeddings": _tokens_by(prompt, values)}
 
     def encoder(self, adapter_name: str, get: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """What ``saved`` leaves out and training goes on from: table and network of an encoder, else nothing."""
@@ -170,9 +167,7 @@ class Prompts(Adapted):
             raise UserError(f"{where}: its encoder is another one than this adapter's: {shown}; use the run's settings")
         device = prompt.embedding.weight.device
         values = {name: tensor.to(device) for name, tensor in encoder.items()}
-        training = prompt.training
-        given = torch.func.functional_call(prompt.eval(), values, ())
-        prompt.train(training)
+        given = _tokens_by(prompt, values)
         if tokens is not None and not torch.allclose(given, tokens.to(given), rtol=1e-3, atol=1e-4):
             raise UserError(
                 f"{where}: the encoder does not give the virtual tokens of the same folder; the two files do not "
@@ -223,3 +218,16 @@ class Prompts(Adapted):
         for prompt, (_, rows) in zip(prompts, routes, strict=True):
             tokens = tokens.index_copy(0, rows, prompt.expand(len(rows), -1, -1))
         return tokens
+
+
+@torch.no_grad()
+def _tokens_by(prompt: nn.Module, values: Mapping[str, Tensor]) -> Tensor:
+    """The virtual tokens that an encoder gives with other values than its own, without dropout."""
+    training = prompt.training
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="RNN module weights")  # not in one piece: it is called once
+            tokens: Tensor = torch.func.functional_call(prompt.eval(), dict(values), ())
+    finally:
+        prompt.train(training)
+    return tokens

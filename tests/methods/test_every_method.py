@@ -125,5 +125,34 @@ def test_a_failed_attempt_leaves_the_model(name: str, monkeypatch: pytest.Monkey
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantised", [False, True], ids=["dense", "nf4"])
+@methods
+def test_on_a_gpu_in_bf16(name: str, quantised: bool, tmp_path: Path) -> None:
+    def on_gpu() -> nn.Module:
+        model = tiny().to(device="cuda", dtype=torch.bfloat16)
+        return quantize(model) if quantised else model
+
+    ids = tokens().cuda()
+    torch.manual_seed(2)
+    model = get_peft_model(on_gpu(), METHODS[name])
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    losses = train(model, ids, steps=8)
+    assert losses[-1] < losses[0]
+    expected = logits(model, ids)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(on_gpu(), tmp_path)
+    assert torch.equal(logits(loaded, ids), expected)
+    answer = loaded.generate(ids, max_new_tokens=4, do_sample=False)
+    assert answer.shape[0] == 2 and torch.equal(answer[:, :11], ids)
+    mixed = logits(loaded, ids, adapter_names=["default", None]) if "prompt" not in name and "p-t" not in name else None
+    if mixed is not None:
+        torch.testing.assert_close(mixed[0], expected[0], rtol=0.05, atol=0.05)
+    if not name.startswith(NO_MERGE):
+        merged = loaded.merge_and_unload()
+        torch.testing.assert_close(logits(merged, ids), expected, rtol=0.05, atol=0.1)
+
+
 def test_configurations_are_of_one_kind() -> None:
     assert all(isinstance(config, AdapterConfig) for config in METHODS.values())

@@ -59,6 +59,32 @@ def test_padding_masks_positions_and_embeddings() -> None:
         model(input_ids=ids, attention_mask=torch.zeros(2, 1, 11, 11))
 
 
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_they_stand_before_each_text_of_a_packed_row(accelerated: bool) -> None:
+    model = make()
+    if accelerated:
+        accelerate(model)
+    one, two = tokens(1, 7), tokens(1, 11)[:, 4:9] + 3
+    apart = torch.cat((logits(model, one), logits(model, two)), 1)
+    row = torch.cat((one, two), 1)
+    positions = torch.cat((torch.arange(7), torch.arange(5)))[None]
+    torch.testing.assert_close(logits(model, row, position_ids=positions), apart, **CLOSE)
+    keep = torch.tensor([0, 6, 8])
+    kept = logits(model, row, position_ids=positions, logits_to_keep=keep)
+    torch.testing.assert_close(kept, apart[:, keep], **CLOSE)
+    labels = row.clone()
+    labels[0, 7] = -100
+    whole = model(input_ids=row, position_ids=positions, labels=labels).loss
+    losses = [model(input_ids=text, labels=text).loss for text in (one, two)]
+    first = torch.nn.functional.cross_entropy(
+        model(input_ids=two, labels=two, logits_to_keep=0).logits[:, :-1].flatten(0, 1), two[0, 1:], reduction="sum"
+    )
+    torch.testing.assert_close(whole * 11, losses[0] * 7 + first, **CLOSE)
+    rows = torch.cat((row, row))
+    with pytest.raises(UserError, match="hold 2, 1 packed texts"):
+        model(input_ids=rows, position_ids=torch.cat((positions, torch.arange(12)[None])))
+
+
 def test_only_the_positions_asked_for_are_computed() -> None:
     model, ids = make(), tokens()
     expected = logits(model, ids)
