@@ -326,6 +326,12 @@ class PeftModel(AdapterHost):
         base = self.get_base_model()
         state = saving.tensors_of(self) if state_dict is None else {**saving.tensors_of(self), **state_dict}
         for name in names:
+            if getattr(self.peft_config[name], "loftq_iterations", 1) > 1:
+                warnings.warn(
+                    f"save_pretrained: the base of '{name}' was quantised in several turns of LoftQ and is not the one "
+                    "that fastpeft.quantize gives; save the base too, or use loftq_iter 1",
+                    stacklevel=2,
+                )
             folder = save_directory if name == "default" else os.path.join(save_directory, name)
             config = self.peft_config[name]
             values = config.to_dict()

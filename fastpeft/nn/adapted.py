@@ -52,6 +52,9 @@ class Adapted(nn.Module):
         """Tensors that the adapter needs beside the trained ones; they count for memory."""
         return []
 
+    def set_dropout(self, p: float) -> None:
+        """Give all adapters of this module another dropout, such as 0 where a loss compares two passes."""
+
     def saved(self, adapter_name: str, get: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """The adapter's tensors by the last part of their key.
 

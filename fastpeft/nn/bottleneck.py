@@ -130,6 +130,11 @@ class BottleneckSite(Adapted):
         if adapter_name in self.adapters:
             del self.adapters[adapter_name], self.is_parallel[adapter_name]
 
+    def set_dropout(self, p: float) -> None:
+        """Give all adapters of this site another dropout."""
+        for adapter in self.adapters.values():
+            cast(BottleneckAdapter, adapter).dropout = p
+
     def parts(self, adapter_name: str) -> dict[str, str]:
         """All tensors of the adapter, the name in their key as AdapterHub has it."""
         names = [f"adapters.{adapter_name}.{name}" for name, _ in self.adapters[adapter_name].named_parameters()]

@@ -173,6 +173,10 @@ class LoRALinear(AdaptedLinear):
             del table[adapter_name]
         self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
 
+    def set_dropout(self, p: float) -> None:
+        """Give all adapters of this layer another dropout."""
+        self.lora_dropout = dict.fromkeys(self.lora_dropout, p)
+
     # Values, for files.
 
     def parts(self, adapter_name: str) -> dict[str, str]:
@@ -274,7 +278,11 @@ class LoRALinear(AdaptedLinear):
 
     @torch.no_grad()
     def _lengths(self, adapter_name: str) -> Tensor:
-        """Row norms ``(n,)`` of ``w + s B A``, fp32."""
+        """Row norms ``(n,)`` of ``w + s B A``, fp32, under autocast too."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            return self._lengths_in_full(adapter_name)
+
+    def _lengths_in_full(self, adapter_name: str) -> Tensor:
         a, b = self.factors(adapter_name)
         scale, magnitude = self.scaling[adapter_name], cast(_Magnitude, self.lora_magnitude_vector[adapter_name])
         weight = operand(self.base_layer)

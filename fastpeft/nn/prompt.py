@@ -127,6 +127,12 @@ class Prompts(Adapted):
         """An adapter's module."""
         return self.prompts[adapter_name]  # type: ignore[return-value]
 
+    def set_dropout(self, p: float) -> None:
+        """Give all encoders another dropout."""
+        for module in self.modules():
+            if isinstance(module, nn.LSTM):
+                module.dropout = p
+
     def parts(self, adapter_name: str) -> dict[str, str]:
         """All tensors of the adapter, the encoder included: what training goes on from."""
         names = [name for name, _ in self.prompt(adapter_name).named_parameters()]

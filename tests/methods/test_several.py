@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from fastpeft.methods import (
     get_peft_model,
 )
 from fastpeft.models import quantize
-from fastpeft.nn import IA3Linear, LoRALinear, NF4Linear
+from fastpeft.nn import Adapted, IA3Linear, LoRALinear, NF4Linear
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 KINDS = ["lora", "dora", "pissa", "ia3", "prompt", "p-tuning-mlp", "houlsby", "parallel"]
@@ -257,6 +258,8 @@ def test_loftq_begins_nearer_to_the_weights_than_nf4_alone(tmp_path: Path) -> No
             loaded = PeftModel.from_pretrained(quantize(tiny()), tmp_path)
             assert torch.equal(logits(loaded, ids), logits(model, ids))
     assert errors[2] < errors[1] < errors[0]
+    with pytest.warns(UserWarning, match="several turns of LoftQ"):
+        model.save_pretrained(tmp_path)
     model = stack("lora")
     with pytest.raises(UserError, match="replaces the base's weights"):
         model.add_adapter("second", config)
@@ -282,3 +285,34 @@ def test_adapters_may_be_named_as_methods_of_our_modules() -> None:
     model = get_peft_model(tiny(), PromptTuningConfig(num_virtual_tokens=3), "saved")
     model.add_adapter("training_run", BottleneckAdapterConfig())
     assert list(model.peft_config) == ["saved", "training_run"]
+
+
+@kinds
+def test_a_model_with_adapters_is_not_quantised(name: str) -> None:
+    model = stack(name)
+    model.add_adapter("lora_too", LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(UserError, match="quantise first and add adapters then"):
+        quantize(model.get_base_model())
+
+
+@pytest.mark.parametrize("name", ["lora", "houlsby", "p-tuning-lstm"])
+def test_dropout_can_be_switched_off(name: str) -> None:
+    changes: dict[str, Any] = {"lora": {"lora_dropout": 0.5}, "houlsby": {"dropout": 0.5}}
+    config = dataclasses.replace(METHODS[name], **changes.get(name, {"encoder_dropout": 0.5}))
+    model, ids = moved(get_peft_model(tiny(), config)).train(), tokens()
+    first, second = (model(input_ids=ids).logits for _ in range(2))
+    assert not torch.equal(first, second)
+    for module in model.modules():
+        if isinstance(module, Adapted):
+            module.set_dropout(0.0)
+    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_dora_under_autocast_has_the_lengths_of_fp32() -> None:
+    model = stack("dora")
+    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    expected = layer._lengths("dora")
+    weight = layer.weight + layer.scaling["dora"] * layer.lora_B["dora"].weight @ layer.lora_A["dora"].weight
+    torch.testing.assert_close(expected, weight.norm(dim=1), rtol=1e-5, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer._lengths("dora"), expected)
