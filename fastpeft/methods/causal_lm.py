@@ -14,18 +14,24 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
 from fastpeft.errors import UserError
+from fastpeft.methods.bottleneck import BottleneckAdapterConfig
 from fastpeft.methods.config_base import AdapterConfig
 from fastpeft.methods.full import FullConfig, train_fully
+from fastpeft.methods.ia3 import IA3Config
+from fastpeft.methods.lora_config import LoraConfig
 from fastpeft.methods.model import PeftModel
+from fastpeft.methods.prompts import PromptEncoderConfig, PromptTuningConfig
 from fastpeft.methods.virtual import Layout
 from fastpeft.nn import Prompts
 
+_Model = TypeVar("_Model", bound=nn.Module)
+_Adapters: TypeAlias = LoraConfig | IA3Config | PromptTuningConfig | PromptEncoderConfig | BottleneckAdapterConfig
 _CACHES = ("past_key_values", "cache")
 _LENGTHS = ("max_length", "min_length")
 _IGNORE_INDEX = -100
@@ -216,7 +222,19 @@ def _mask_of(ids: Tensor, pad: int | None, eos: Any) -> Tensor:
     return ids.ne(pad).long()
 
 
-def get_peft_model(model: nn.Module, peft_config: AdapterConfig, adapter_name: str = "default") -> Any:
+@overload
+def get_peft_model(model: _Model, peft_config: FullConfig, adapter_name: str = ...) -> _Model: ...
+
+
+@overload
+def get_peft_model(model: nn.Module, peft_config: _Adapters, adapter_name: str = ...) -> PeftModel: ...
+
+
+@overload
+def get_peft_model(model: nn.Module, peft_config: AdapterConfig, adapter_name: str = ...) -> nn.Module: ...
+
+
+def get_peft_model(model: nn.Module, peft_config: AdapterConfig, adapter_name: str = "default") -> nn.Module:
     """Make a model trainable by a method: freeze it and add an adapter, or choose which of its weights train.
 
     Args:
