@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from fastpeft.methods.virtual import Layout
+from fastpeft.nn import Adapted, BottleneckSite, LoRALinear
 from fastpeft.ops import cross_entropy, linear_loss, lora, native, nf4
 from fastpeft.ops.adamw import AdamWList
 from fastpeft.optim import AdamW, base, formats
@@ -157,6 +159,33 @@ def change_an_argument(function: str, index: int, change: Callable[[Any], Any]) 
     return sabotage
 
 
+def send_samples_to_the_next_row(patch: Patch) -> None:
+    original = Adapted.routes
+
+    def broken(self: Adapted, samples: int, device: torch.device) -> Any:
+        for name, rows in original(self, samples, device):
+            yield name, (rows + 1) % samples
+
+    patch.setattr(Adapted, "routes", broken)
+
+
+def put_virtual_tokens_behind(patch: Patch) -> None:
+    def broken(cls: type[Layout], count: int, length: int, device: torch.device) -> Layout:
+        places = torch.arange(count + length, device=device)[None]
+        return cls(places[:, :length], places[:, length:], count)
+
+    patch.setattr(Layout, "plain", classmethod(broken))
+
+
+def read_the_output_beside_the_sublayer(patch: Patch) -> None:
+    original = BottleneckSite._share
+    patch.setattr(BottleneckSite, "_share", lambda self, name, x, h: original(self, name, h, h))
+
+
+def keep_the_bases_lengths(patch: Patch) -> None:
+    patch.setattr(LoRALinear, "_lengths", lambda self, name: self.lora_magnitude_vector[name].base_squares.sqrt())
+
+
 LINEAR = running("ops.test_nf4", "test_linear_forward_and_backward", torch.float32, 7, (100, 96), 64, "cpu")
 BY_HAND = running("ops.test_nf4", "test_a_block_worked_out_by_hand")
 BITS = running("ops.test_nf4", "test_bits_equal_bitsandbytes", torch.float32, 64, True, "cpu")
@@ -177,6 +206,10 @@ PIECES = running("ops.test_adamw", "test_pieces_have_the_bits_of_the_whole", "bf
 BY_HAND_LOSS = running("ops.test_cross_entropy", "test_a_row_worked_out_by_hand", "cpu")
 LOSS = running("ops.test_cross_entropy", "test_loss_and_gradients", torch.bfloat16, "t37-k64-v96", "mean", "all", "cpu")
 CHUNKS = running("ops.test_cross_entropy", "test_chunks", torch.bfloat16, "mean", 64, "cpu")
+MIXED = running("methods.test_several", "test_a_mixed_batch_gives_each_sample_its_adapter", "lora")
+VIRTUAL = running("methods.test_prompts", "test_they_stand_before_the_text", "prompt", "llama")
+BESIDE = running("nn.test_adapters", "test_a_site_adds_to_its_sublayer", (False, False), True, False, False)
+LENGTHS = running("methods.test_several", "test_dora_under_autocast_has_the_lengths_of_fp32")
 
 CASES: dict[str, tuple[Callable[[Patch], None], Run]] = {
     "swapped nibbles": (swap_nibbles, BY_HAND),
@@ -211,6 +244,10 @@ CASES: dict[str, tuple[Callable[[Patch], None], Run]] = {
     "no eps in the norm": (change_an_argument("rms_norm", 11, lambda eps: 0.0), NORM),
     "turning on in backward": (change_an_argument("rope", -1, lambda backward: False), ROTARY),
     "the other approximation of GELU": (change_an_argument("glu", 3, lambda kind: 1), GATED),
+    "a mixed batch with its samples moved": (send_samples_to_the_next_row, MIXED),
+    "virtual tokens behind the text": (put_virtual_tokens_behind, VIRTUAL),
+    "a parallel adapter that is not": (read_the_output_beside_the_sublayer, BESIDE),
+    "DoRA with the base's lengths": (keep_the_bases_lengths, LENGTHS),
     "the slope of another gate": (change_an_argument("glu_backward", 3, lambda kind: 0), GATED),
 }
 

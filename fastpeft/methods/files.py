@@ -1,5 +1,9 @@
 """Adapter folders: ``adapter_config.json`` and ``adapter_model.safetensors`` in PEFT's layout.
 
+Beside them lie, where they are needed, ``fastpeft.json`` (settings that PEFT does not know) and
+``prompt_encoder.safetensors`` (what P-tuning goes on from). Bottleneck adapters, which PEFT does not have, are
+``fastpeft_adapter.json`` and ``adapter.safetensors`` with AdapterHub's names of weights.
+
 Keys are PEFT's: the parameter's name in the wrapped model without the adapter's name, for example
 ``base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight``. A folder read here is checked against the model as a
 whole before one value is copied. PEFT only warns about missing keys and is silent about foreign ones, and either leaves
@@ -12,22 +16,32 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from fastpeft.errors import UserError
-from fastpeft.methods.config import LoraConfig
+from fastpeft.methods.bottleneck import BottleneckAdapterConfig
+from fastpeft.methods.config_base import AdapterConfig
+from fastpeft.methods.ia3 import IA3Config
+from fastpeft.methods.lora_config import LoraConfig
+from fastpeft.methods.prompts import PromptEncoderConfig, PromptTuningConfig
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+OWN_NAME = "fastpeft.json"
+ENCODER_NAME = "prompt_encoder.safetensors"
+BOTTLENECK_NAMES = ("fastpeft_adapter.json", "adapter.safetensors")
 KEY_PREFIX = "base_model.model."
 _PICKLE_NAME = "adapter_model.bin"
+_CONFIGS: dict[str, type[AdapterConfig]] = {
+    config.PEFT_TYPE: config
+    for config in (LoraConfig, IA3Config, PromptTuningConfig, PromptEncoderConfig, BottleneckAdapterConfig)
+}
 
 
 @dataclass(frozen=True)
@@ -37,12 +51,16 @@ class AdapterFile:
     Args:
         path: the folder.
         config: its configuration.
-        tensors: its values by PEFT's keys, on the CPU.
+        tensors: its values by the keys of its file, on the CPU.
+        encoder: an encoder of virtual tokens, by its names; empty where there is none.
+        holds_start: the tensors hold what a PiSSA or OLoRA adapter began with.
     """
 
     path: Path
-    config: LoraConfig
+    config: AdapterConfig
     tensors: dict[str, Tensor]
+    encoder: dict[str, Tensor] = field(default_factory=dict)
+    holds_start: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,25 +111,57 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
     """
     folder = Path(path)
     config = read_config(folder)
-    weights = folder / WEIGHTS_NAME
+    config_name, weights_name = file_names(config)
+    weights = folder / weights_name
     if not weights.is_file():
         if (folder / _PICKLE_NAME).is_file():
             raise UserError(
                 f"{folder}: the weights are in {_PICKLE_NAME}, a pickle, which can run code when it is opened, so it "
                 "is not read here. If you trust it, convert it once: safetensors.torch.save_file(torch.load("
-                f"'{_PICKLE_NAME}', weights_only=True), '{WEIGHTS_NAME}')"
+                f"'{_PICKLE_NAME}', weights_only=True), '{weights_name}')"
             )
-        raise UserError(f"{folder}: no {WEIGHTS_NAME} beside {CONFIG_NAME}; the folder holds {_content(folder)}")
+        raise UserError(f"{folder}: no {weights_name} beside {config_name}; the folder holds {_content(folder)}")
+    encoder = folder / ENCODER_NAME
+    return AdapterFile(
+        folder,
+        config,
+        _read_tensors(weights),
+        _read_tensors(encoder) if config.PEFT_TYPE == PromptEncoderConfig.PEFT_TYPE and encoder.is_file() else {},
+        holds_start="init_lora_weights" in _read_own(folder),
+    )
+
+
+def file_names(config: AdapterConfig) -> tuple[str, str]:
+    """Names of the two files of an adapter: configuration and weights."""
+    return BOTTLENECK_NAMES if isinstance(config, BottleneckAdapterConfig) else (CONFIG_NAME, WEIGHTS_NAME)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        tensors: dict[str, Tensor] = safetensors.torch.load_file(weights)
+        tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{weights}: not a whole safetensors file ({error}); copy or save the adapter again") from error
-    _check_values(weights, tensors)
-    return AdapterFile(folder, config, tensors)
+        raise UserError(f"{path}: not a whole safetensors file ({error}); copy or save the adapter again") from error
+    _check_values(path, tensors)
+    return tensors
 
 
-def read_config(path: str | os.PathLike[str]) -> LoraConfig:
-    """Read ``adapter_config.json`` of an adapter folder.
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not valid JSON ({error}); copy or save the adapter again") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: holds a {type(values).__name__}; needs an object of PEFT's keys")
+    return values
+
+
+def _read_own(folder: Path) -> dict[str, Any]:
+    own = folder / OWN_NAME
+    return _read_json(own) if own.is_file() else {}
+
+
+def read_config(path: str | os.PathLike[str]) -> AdapterConfig:
+    """Read the configuration of an adapter folder.
 
     Args:
         path: the folder.
@@ -123,6 +173,8 @@ def read_config(path: str | os.PathLike[str]) -> LoraConfig:
         found = "it is a file; give the folder that holds it" if folder.exists() else "there is no such folder"
         raise UserError(f"adapter '{path}': {found}. An adapter from a hub must be downloaded first")
     file = folder / CONFIG_NAME
+    if not file.is_file() and (folder / BOTTLENECK_NAMES[0]).is_file():
+        file = folder / BOTTLENECK_NAMES[0]
     if not file.is_file():
         inside = sorted(entry.parent.name for entry in folder.glob(f"*/{CONFIG_NAME}"))
         if inside:
@@ -135,24 +187,32 @@ def read_config(path: str | os.PathLike[str]) -> LoraConfig:
         else:
             advice = f"it holds {_content(folder)}"
         raise UserError(f"adapter '{folder}': no {CONFIG_NAME} in this folder; {advice}")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not valid JSON ({error}); copy or save the adapter again") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: holds a {type(values).__name__}; needs an object of PEFT's keys")
+    values = _read_json(file)
     if "peft_type" not in values:
         raise UserError(f"{file}: no key 'peft_type'; this is not an adapter's configuration")
-    return LoraConfig.from_dict(values, where=str(file))
+    kind = str(values["peft_type"]).upper()
+    if kind not in _CONFIGS:
+        raise UserError(f"{file}: peft_type is '{values['peft_type']}'; this version has {', '.join(_CONFIGS)}")
+    return _CONFIGS[kind].from_dict({**values, **_read_own(folder)}, where=str(file))
 
 
-def write_adapter(path: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def write_adapter(
+    path: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    names: tuple[str, str] = (CONFIG_NAME, WEIGHTS_NAME),
+    own: Mapping[str, Any] | None = None,
+    encoder: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write an adapter folder; each file appears whole or not at all.
 
     Args:
         path: the folder, made if it is not there.
         config: content of ``adapter_config.json``.
         tensors: values by PEFT's keys, on any device.
+        names: of the two files.
+        own: settings that PEFT does not know.
+        encoder: an encoder of virtual tokens.
     Raises:
         UserError: ``path`` is a file.
     """
@@ -160,49 +220,60 @@ def write_adapter(path: str | os.PathLike[str], config: Mapping[str, Any], tenso
     if folder.exists() and not folder.is_dir():
         raise UserError(f"cannot save an adapter to '{folder}': it is a file; give a folder")
     folder.mkdir(parents=True, exist_ok=True)
+    _write_tensors(folder / names[1], tensors)
+    for name, wanted in ((OWN_NAME, own), (ENCODER_NAME, encoder)):
+        if not wanted:
+            (folder / name).unlink(missing_ok=True)  # of an adapter that was here before
+    if encoder:
+        _write_tensors(folder / ENCODER_NAME, encoder)
+    if own:
+        _write_json(folder / OWN_NAME, own)
+    _write_json(folder / names[0], config)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     # A copy each, because safetensors refuses tensors that share memory (an output head tied to the embedding).
     stored = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-    with _written_whole(folder / WEIGHTS_NAME) as partial:
+    with _written_whole(path) as partial:
         safetensors.torch.save_file(stored, partial, metadata={"format": "pt"})
-    with _written_whole(folder / CONFIG_NAME) as partial:
-        partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def load_tensors(
-    file: AdapterFile, places: Mapping[str, Tensor], optional: Mapping[str, Tensor], strict: bool = True
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    with _written_whole(path) as partial:
+        partial.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def compare(
+    file: AdapterFile,
+    places: Mapping[str, tuple[int, ...]],
+    optional: Mapping[str, tuple[int, ...]],
+    strict: bool = True,
 ) -> LoadReport:
-    """Copy a file's values into a model's tensors, after everything was found to fit.
+    """Find out what of a file fits a model's tensors.
 
     Args:
         file: what ``read_adapter`` returned.
-        places: the adapter's tensors in the model by the same keys; written in place.
-        optional: further tensors that a file may hold but need not; written in place too.
-        strict: refuse anything missing, extra or of another shape, and copy nothing. False copies what fits.
+        places: shapes of the adapter's tensors in the model by the same keys.
+        optional: those of further tensors that a file may hold but need not.
+        strict: refuse anything missing, extra or of another shape.
     Returns:
-        What was copied and what was not.
+        What can be copied and what cannot.
     Raises:
         UserError: ``strict`` and something does not fit.
     """
     missing = [key for key in places if key not in file.tensors]
     places = {**optional, **places}
-    known = {key: tensor for key, tensor in file.tensors.items() if key in places}
+    known = {key: tuple(tensor.shape) for key, tensor in file.tensors.items() if key in places}
     report = LoadReport(
         path=file.path,
-        loaded=[key for key, tensor in known.items() if tensor.shape == places[key].shape],
+        loaded=[key for key, shape in known.items() if shape == places[key]],
         missing=missing,
         unexpected=[key for key in file.tensors if key not in places],
-        mismatched=[
-            (key, tuple(tensor.shape), tuple(places[key].shape))
-            for key, tensor in known.items()
-            if tensor.shape != places[key].shape
-        ],
+        mismatched=[(key, shape, places[key]) for key, shape in known.items() if shape != places[key]],
     )
     if strict and not report.complete:
         advice = _advice(file, report, places)
         raise UserError(f"adapter '{file.path}' does not fit this model:\n{report.differences()}\n  {advice}")
-    with torch.no_grad():
-        for key in report.loaded:
-            places[key].copy_(file.tensors[key])
     return report
 
 
@@ -220,7 +291,7 @@ def _check_values(path: Path, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _advice(file: AdapterFile, report: LoadReport, places: Mapping[str, Tensor]) -> str:
+def _advice(file: AdapterFile, report: LoadReport, places: Mapping[str, tuple[int, ...]]) -> str:
     """How to go on, by the most telling difference."""
     skip = "(In Python: strict=False loads what fits and reports the rest.)"
     foreign = [key for key in report.unexpected if not key.startswith(KEY_PREFIX)]
@@ -229,11 +300,11 @@ def _advice(file: AdapterFile, report: LoadReport, places: Mapping[str, Tensor])
             f"the file's keys lack the prefix '{KEY_PREFIX}': they were saved from the inner model. Put it before "
             "every key and save the file again with safetensors"
         )
-    if foreign and len(foreign) == len(file.tensors):
+    if foreign and len(foreign) == len(file.tensors) and any(key.startswith(KEY_PREFIX) for key in report.missing):
         return (
             f"no key of the file begins with '{KEY_PREFIX}': another library wrote it. Convert the keys to PEFT's names"
         )
-    if any(_without_adapter_name(key) in places for key in report.unexpected):
+    if any(name in places for key in report.unexpected for name in _without_adapter_name(key)):
         return (
             "the file's keys hold an adapter's name ('lora_A.default.weight'): they come from model.state_dict(). "
             "Remove the name from every key, or write the file with save_pretrained"
@@ -253,7 +324,12 @@ def _shape_advice(file: AdapterFile, mismatch: tuple[str, tuple[int, ...], tuple
             f"the file's rank is {there[rank_axis]} where {CONFIG_NAME} says {here[rank_axis]}: the two files do not "
             "belong together. Correct r and rank_pattern in it, or take both from one save"
         )
-    if ".lora_" not in key and there[1:] == here[1:]:
+    if key == "prompt_embeddings" and there[1:] == here[1:]:
+        return (
+            f"the file has {there[0]} virtual tokens where {CONFIG_NAME} says {here[0]}: the two files do not belong "
+            "together. Correct num_virtual_tokens, or take both from one save"
+        )
+    if ".lora_" not in key and there[1:] == here[1:] and key.startswith(KEY_PREFIX) and key.endswith(".weight"):
         return (
             f"the vocabulary was resized when the adapter was trained: call model.resize_token_embeddings({there[0]}) "
             "on the base model first"
@@ -262,9 +338,10 @@ def _shape_advice(file: AdapterFile, mismatch: tuple[str, tuple[int, ...], tuple
     return "the adapter belongs to a base model of other sizes" + (f": load '{base}'" if base else "; load that one")
 
 
-def _without_adapter_name(key: str) -> str:
+def _without_adapter_name(key: str) -> tuple[str, str]:
+    """The key without its last part but one, or its last."""
     parts = key.split(".")
-    return ".".join(parts[:-2] + parts[-1:])
+    return ".".join(parts[:-2] + parts[-1:]), ".".join(parts[:-1])
 
 
 @contextmanager

@@ -9,10 +9,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from fastpeft.nn import Adapted
 
 
-class ModulesToSaveWrapper(nn.Module):
+class ModulesToSaveWrapper(Adapted):
     """Run the active adapter's copy of a module, or the original when there is none.
 
     Args:
@@ -23,8 +26,6 @@ class ModulesToSaveWrapper(nn.Module):
         super().__init__()
         self.original_module = module
         self.modules_to_save = nn.ModuleDict()
-        self.active_adapters: list[str] = []
-        self.adapters_disabled = False
         self.original_module.requires_grad_(False)
         self.train(module.training)
 
@@ -36,6 +37,10 @@ class ModulesToSaveWrapper(nn.Module):
         """
         self.modules_to_save[adapter_name] = copy.deepcopy(self.original_module)
 
+    def held(self) -> list[str]:
+        """Names of the adapters that have a copy."""
+        return list(self.modules_to_save)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter's copy.
 
@@ -45,18 +50,27 @@ class ModulesToSaveWrapper(nn.Module):
         if adapter_name in self.modules_to_save:
             del self.modules_to_save[adapter_name]
 
+    def parts(self, adapter_name: str) -> dict[str, str]:
+        """All tensors of the copy."""
+        names = self.modules_to_save[adapter_name].state_dict()
+        return {f"modules_to_save.{adapter_name}.{name}": name for name in names}
+
     @property
     def current(self) -> nn.Module:
         """The module that a forward pass runs: the first active adapter's copy, or the original."""
-        if not self.adapters_disabled:
-            for name in self.active_adapters:
-                if name in self.modules_to_save:
-                    return self.modules_to_save[name]
-        return self.original_module
+        working = self.working()
+        return self.modules_to_save[working[0]] if working else self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run ``current`` with whatever the original takes."""
-        return self.current(*args, **kwargs)
+        """Run ``current`` with whatever the original takes; in a mixed batch each sample's own, on one tensor."""
+        if self.routing is None:
+            return self.current(*args, **kwargs)
+        (x, *rest) = args
+        out: Tensor = self.original_module(x, *rest, **kwargs)
+        for name, rows in self.routes(x.shape[0], x.device):
+            copied = self.modules_to_save[name](x.index_select(0, rows), *rest, **kwargs)
+            out = torch.index_copy(out, 0, rows, copied.to(out.dtype))
+        return out
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -5,6 +5,9 @@ vocabulary of 128,256, are needed by nobody. Output layer and cross-entropy then
 (`fastpeft.ops.linear_cross_entropy`), and ``logits`` in the answer is None. In evaluation, and wherever ``logits`` may
 be read, the class's own forward runs; ``skip_logits=True`` or ``False`` decides otherwise. ``count_correct=True`` asks
 how many targets have the greatest logit, which costs a further product over the vocabulary.
+
+An output layer with adapters is no product that the op knows. Its logits are then made by the layer itself, a chunk of
+tokens at a time, and made again in backward.
 """
 
 from __future__ import annotations
@@ -18,15 +21,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from fastpeft.models.fused import STRUCTURE
 from fastpeft.models.structure import Random, Unknown, difference, probing, shallow_copy, tolerance
+from fastpeft.nn import Adapted
 from fastpeft.ops import linear_cross_entropy
 
 _IGNORE_INDEX = -100
-_COUNTED_BYTES = 256 << 20  # of logits at a time
+_CHUNK_BYTES = 256 << 20  # of logits at a time
 
 
 @dataclass
@@ -79,7 +84,7 @@ def read_causal_lm(module: nn.Module) -> CausalLM:
     if getattr(module, "loss_function", None) is not ForCausalLMLoss:
         raise Unknown("its loss is not the one of causal language models")
     layer = getattr(module, head)
-    if not _is_plain(layer):
+    if not _is_usable(layer):
         raise Unknown(f"its {head} is a {type(layer).__name__}, not a plain linear layer")
     config: Any = module.config
     structure = CausalLM(
@@ -106,6 +111,11 @@ def _is_plain(head: nn.Module) -> bool:
         and not head._forward_hooks
         and not head._forward_pre_hooks
     )
+
+
+def _is_usable(head: nn.Module) -> bool:
+    """Whether the loss can be computed by this output layer without holding all logits."""
+    return _is_plain(head) or (isinstance(head, Adapted) and head.routing is None)
 
 
 class _Hidden(nn.Module):
@@ -146,8 +156,10 @@ def _targets(labels: Tensor | None, extra: dict[str, Any]) -> Tensor:
     return targets.flatten()
 
 
-def _loss(structure: CausalLM, head: nn.Linear, hidden: Tensor, targets: Tensor, extra: dict[str, Any]) -> Tensor:
+def _loss(structure: CausalLM, head: Any, hidden: Tensor, targets: Tensor, extra: dict[str, Any]) -> Tensor:
     """The loss as transformers defines it: a mean over targets, or their sum over ``num_items_in_batch``."""
+    if not _is_plain(head):
+        return _loss_in_chunks(structure, head, hidden.flatten(0, -2), targets.to(hidden.device), extra)
     return linear_cross_entropy(
         hidden.flatten(0, -2),
         head.weight,
@@ -160,11 +172,31 @@ def _loss(structure: CausalLM, head: nn.Linear, hidden: Tensor, targets: Tensor,
     )
 
 
+def _loss_in_chunks(structure: CausalLM, head: Any, hidden: Tensor, targets: Tensor, extra: dict[str, Any]) -> Tensor:
+    """The same by an output layer of any kind; no more than a chunk of logits is ever held."""
+    ignored = extra.get("ignore_index", _IGNORE_INDEX)
+
+    def summed(part: Tensor, target: Tensor) -> Tensor:
+        logits = head(part).float() * structure.logit_scale
+        if structure.softcap is not None:
+            logits = structure.softcap * torch.tanh(logits / structure.softcap)
+        return F.cross_entropy(logits, target, ignore_index=ignored, reduction="sum")
+
+    rows = max(1, _CHUNK_BYTES // (4 * head.out_features))
+    chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
+    total = torch.stack([checkpoint(summed, part, target, use_reentrant=False) for part, target in chunks]).sum()
+    count = extra.get("num_items_in_batch")
+    if count is None:
+        count = targets.ne(ignored).sum()
+    loss: Tensor = total / (count.to(total.device) if isinstance(count, Tensor) else count)
+    return loss
+
+
 @torch.no_grad()
-def _count_correct(head: nn.Linear, hidden: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+def _count_correct(head: Any, hidden: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
     """How many targets have the greatest logit; caps and scales leave the order as it is."""
     hidden, targets = hidden.detach().flatten(0, -2), targets.to(hidden.device)
-    rows = max(1, _COUNTED_BYTES // (head.weight.shape[0] * hidden.element_size()))
+    rows = max(1, _CHUNK_BYTES // (head.weight.shape[0] * hidden.element_size()))
     correct = targets.new_zeros(())
     for part, target in zip(hidden.split(rows), targets.split(rows), strict=True):
         logits = head(part)
@@ -180,7 +212,7 @@ def has_fused_loss(model: nn.Module) -> bool:
         model: the causal language model itself, out of any wrapper.
     """
     structure = model.__dict__.get(STRUCTURE)
-    return isinstance(structure, CausalLM) and _is_plain(getattr(model, structure.head))
+    return isinstance(structure, CausalLM) and _is_usable(getattr(model, structure.head))
 
 
 def make_forward(own: Callable[..., Any]) -> Callable[..., Any]:
@@ -199,7 +231,7 @@ def make_forward(own: Callable[..., Any]) -> Callable[..., Any]:
         structure: Any = self.__dict__.get(STRUCTURE)
         head = None if structure is None else getattr(self, structure.head)
         wanted = self.training if skip_logits is None else skip_logits
-        if not wanted or head is None or not _is_plain(head) or kwargs.get("return_dict") is False:
+        if not wanted or head is None or not _is_usable(head) or kwargs.get("return_dict") is False:
             return own(self, *args, **kwargs)
         arguments = dict(signature.bind(self, *args, **kwargs).arguments)
         extra = arguments.pop(rest, {})

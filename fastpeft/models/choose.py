@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import UserError
-from fastpeft.nn import LoRALinear, NF4Linear
+from fastpeft.nn import Adapted, NF4Linear
 
 PACKABLE = (nn.Linear, Conv1D)
 
@@ -33,7 +33,7 @@ def choose_layers(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Mo
         UserError: a name in ``skip`` matches nothing, there is nothing to quantise, or the model has adapters.
     """
     modules = {name: module for name, module in model.named_modules() if name}
-    if any(isinstance(module, LoRALinear) for module in modules.values()):
+    if any(isinstance(module, Adapted) for module in modules.values()):
         raise UserError("quantize: the model has adapters; quantise first and add adapters then (get_peft_model)")
     skipped = {name for entry in skip for name in _named(entry, modules)}
     head = _output_embedding(model)

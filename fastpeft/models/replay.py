@@ -144,8 +144,8 @@ def product_of(module: Any) -> Product | None:
     if type(module) is LoRALinear:
         if module.merged_weight is not None and not module.adapters_disabled:
             return None
-        active = [] if module.adapters_disabled else [n for n in module.active_adapters if n in module.lora_A]
-        if len(active) > 1:
+        active = module.working()
+        if module.routing is not None or len(active) > 1 or not all(module.is_product(name) for name in active):
             return None
         base = product_of(module.base_layer)
         if base is None or not active:

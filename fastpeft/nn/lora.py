@@ -4,18 +4,19 @@
 
 The base (dense or NF4) and its first active adapter go through one fused op; the adapters are fp32 master weights
 whatever the base's dtype. A layer holds any number of adapters by name; several may be active at once, and their
-low-rank terms add up. Submodules are named as PEFT names them (``base_layer``, ``lora_A.<name>``, ``lora_B.<name>``),
-so that parameter names and files agree.
+low-rank terms add up. Submodules are named as PEFT names them (``base_layer``, ``lora_A.<name>``, ``lora_B.<name>``,
+``lora_magnitude_vector.<name>``), so that parameter names and files agree.
 
-Merging never touches the base: the merged weight is a buffer of its own (not in the state dict), which the forward
-pass uses while it is there. Unmerging is therefore exact in every dtype, an NF4 base merges too, and a weight shared
-with the embedding stays as it is. The price is one dense copy of the weight while merged.
+DoRA scales each row of the sum to a trained length: ``m / ||w + s B A||``, the norm a constant in backward. It is
+found without the sum: ``||w||^2 + 2 s <w A^T, B> + s^2 <B (A A^T), B>``, row by row.
+
+Trained: r (k + n) numbers an adapter, n more with DoRA; r k less for each layer that shares another's A.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -23,29 +24,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastpeft.errors import UserError
+from fastpeft.nn.adapted import on_rows
+from fastpeft.nn.adapted_linear import AdaptedLinear
+from fastpeft.nn.base_weight import dense_weight, operand
+from fastpeft.nn.lora_init import STARTS, begins_in_base, is_known_start, loftq_start, plain_start, principal_start
 from fastpeft.nn.nf4 import NF4Linear
-from fastpeft.ops import NF4Weight, lora_linear, nf4_dequantize
+from fastpeft.ops import NF4Weight, lora_linear, nf4_linear
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(AdaptedLinear):
     """A frozen linear layer plus low-rank adapters.
 
     Args:
-        base_layer: the layer to adapt, ``nn.Linear`` or ``NF4Linear`` of weight ``(n, k)``; it is kept, not copied.
+        base_layer: the layer to adapt, ``nn.Linear``, ``Conv1D`` or ``NF4Linear`` of weight ``(n, k)``; it is kept, not
+            copied.
         adapter_name: name of the first adapter.
         r: its rank.
         lora_alpha: numerator of its scale.
         lora_dropout: probability of dropping an input element of the low-rank path, in training.
         use_rslora: scale by ``alpha / sqrt(r)`` instead of ``alpha / r``.
-        init_lora_weights: True (A uniform as in ``nn.Linear``, B zero), "gaussian" (A normal with standard deviation
-            1 / r, B zero) or False (A and B both as in ``nn.Linear``, so the layer's output changes at once).
+        init_lora_weights: how A and B begin (`fastpeft.nn.lora_init`).
+        use_dora: train the length of each row of the weight too.
     Raises:
         UserError: the base is not a linear layer that can be adapted, or a number is out of range.
     Source:
-        LoRA, arXiv 2106.09685; rsLoRA, arXiv 2312.03732.
+        LoRA, arXiv 2106.09685; rsLoRA, arXiv 2312.03732; DoRA, arXiv 2402.09353.
     """
-
-    merged_weight: Tensor | None
 
     def __init__(
         self,
@@ -56,43 +60,33 @@ class LoRALinear(nn.Module):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
+        use_dora: bool = False,
+        *,
+        shared_a: nn.Linear | None = None,
+        loftq_iterations: int = 1,
+        start_follows: bool = False,
     ) -> None:
-        super().__init__()
-        if not self.can_adapt(base_layer):
-            raise UserError(
-                f"LoRALinear: cannot adapt a {type(base_layer).__name__}; needs torch.nn.Linear with a floating-point "
-                "weight, or fastpeft.NF4Linear"
-            )
-        self.base_layer = base_layer
+        super().__init__(base_layer)
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
+        self.lora_magnitude_vector = nn.ModuleDict()
+        self.lora_start = nn.ModuleDict()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.lora_dropout: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
-        self.active_adapters: list[str] = [adapter_name]
-        self.merged_adapters: list[str] = []
-        self.adapters_disabled = False
-        self.register_buffer("merged_weight", None, persistent=False)
-        self.base_layer.requires_grad_(False)
-        self.train(base_layer.training)
-        self.add_adapter(adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights)
-
-    @staticmethod
-    def can_adapt(module: nn.Module) -> bool:
-        """Whether ``module`` is a linear layer whose whole forward pass is ``x @ weight.T + bias``.
-
-        Subclasses of ``nn.Linear`` that compute something else (packed or quantised weights of other libraries) and
-        the output projection inside ``nn.MultiheadAttention``, which is read but never called, do not qualify.
-        """
-        if isinstance(module, NF4Linear):
-            return True
-        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            return False
-        return (
-            isinstance(module, nn.Linear)
-            and type(module).forward is nn.Linear.forward
-            and module.weight.is_floating_point()
+        self.active_adapters = [adapter_name]
+        self.add_adapter(
+            adapter_name,
+            r,
+            lora_alpha,
+            lora_dropout,
+            use_rslora,
+            init_lora_weights,
+            use_dora,
+            shared_a=shared_a,
+            loftq_iterations=loftq_iterations,
+            start_follows=start_follows,
         )
 
     def add_adapter(
@@ -103,6 +97,11 @@ class LoRALinear(nn.Module):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
+        use_dora: bool = False,
+        *,
+        shared_a: nn.Linear | None = None,
+        loftq_iterations: int = 1,
+        start_follows: bool = False,
     ) -> None:
         """Add an adapter; it becomes active only when ``active_adapters`` names it.
 
@@ -110,34 +109,51 @@ class LoRALinear(nn.Module):
             adapter_name: a new name.
             r: rank.
             lora_alpha: numerator of the scale.
-            lora_dropout: probability of dropping an input element, in training.
-            use_rslora: scale by ``alpha / sqrt(r)``.
-            init_lora_weights: as in the constructor.
+            lora_dropout: as for the class.
+            use_rslora: as for the class.
+            init_lora_weights: as for the class. "loftq" replaces a dense base by an NF4 one.
+            use_dora: as for the class.
+            shared_a: A of another layer with the same input, to train as one.
+            loftq_iterations: turns of quantising and decomposing, with "loftq".
+            start_follows: leave room for starting factors, which are loaded next, instead of deriving them.
         Raises:
             UserError: the name is taken, or a number is out of range.
         """
         if adapter_name in self.lora_A:
             raise UserError(f"LoRALinear: this layer already has an adapter named '{adapter_name}'")
-        if r < 1 or not 0 <= lora_dropout < 1 or init_lora_weights not in (True, False, "gaussian"):
+        if r < 1 or not 0 <= lora_dropout < 1 or not is_known_start(init_lora_weights):
             raise UserError(
                 f"LoRALinear: got r={r}, lora_dropout={lora_dropout}, init_lora_weights={init_lora_weights!r}; needs "
-                "r >= 1, 0 <= lora_dropout < 1 and init_lora_weights True, False or 'gaussian'"
+                f"r >= 1, 0 <= lora_dropout < 1 and init_lora_weights {STARTS}"
             )
-        # Built on the CPU in PEFT's order of random draws, so that one seed gives the same start in both libraries.
-        a = nn.Linear(self.in_features, r, bias=False, device="cpu", dtype=torch.float32)
-        b = nn.Linear(r, self.out_features, bias=False, device="cpu", dtype=torch.float32)
-        if init_lora_weights == "gaussian":
-            nn.init.normal_(a.weight, std=1 / r)
-        elif init_lora_weights:
-            nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
-        if init_lora_weights:
-            nn.init.zeros_(b.weight)
-        self.lora_A[adapter_name] = a.to(self.weight.device)
-        self.lora_B[adapter_name] = b.to(self.weight.device)
+        scale = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        a, b = plain_start(self.out_features, self.in_features, r, init_lora_weights)
+        start = None
+        if begins_in_base(init_lora_weights):
+            if not start_follows:
+                weight, _ = dense_weight(self.base_layer)
+                a.weight.data, b.weight.data = principal_start(weight, r, scale, str(init_lora_weights))
+            start = _Start(a.weight.detach().clone(), b.weight.detach().clone())
+        elif init_lora_weights == "loftq":
+            weight, dtype = dense_weight(self.base_layer)
+            packed, a.weight.data, b.weight.data = loftq_start(weight, dtype, r, scale, loftq_iterations)
+            self.base_layer = NF4Linear(packed, self.bias).train(self.base_layer.training)
+        device = self.weight.device
+        self.lora_A[adapter_name] = a.to(device) if shared_a is None else shared_a
+        self.lora_B[adapter_name] = b.to(device)
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.lora_dropout[adapter_name] = lora_dropout
-        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.scaling[adapter_name] = scale
+        if start is not None:
+            self.lora_start[adapter_name] = start.to(device)
+        if use_dora:
+            self.lora_magnitude_vector[adapter_name] = _Magnitude(dense_weight(self.base_layer)[0])
+            self._reset_lengths(adapter_name, magnitude_too=True)
+
+    def held(self) -> list[str]:
+        """Names of the adapters."""
+        return list(self.lora_A)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; merged weights that contain it are unmerged first.
@@ -150,9 +166,71 @@ class LoRALinear(nn.Module):
         if adapter_name in self.merged_adapters:
             self.unmerge()
         del self.lora_A[adapter_name], self.lora_B[adapter_name]
+        for modules in (self.lora_magnitude_vector, self.lora_start):
+            if adapter_name in modules:
+                del modules[adapter_name]
         for table in (self.r, self.lora_alpha, self.lora_dropout, self.scaling):
             del table[adapter_name]
         self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
+
+    def set_dropout(self, p: float) -> None:
+        """Give all adapters of this layer another dropout."""
+        self.lora_dropout = dict.fromkeys(self.lora_dropout, p)
+
+    # Values, for files.
+
+    def parts(self, adapter_name: str) -> dict[str, str]:
+        """A, B and, with DoRA, the lengths."""
+        names = {f"lora_{part}.{adapter_name}.weight": f"lora_{part}.weight" for part in "AB"}
+        if adapter_name in self.lora_magnitude_vector:
+            names[f"lora_magnitude_vector.{adapter_name}.weight"] = "lora_magnitude_vector"
+        return names
+
+    def extra_parameters(self, adapter_name: str) -> list[Tensor]:
+        """Starting factors, and row lengths of the base."""
+        modules = (self.lora_start, self.lora_magnitude_vector)
+        return [buffer for part in modules if adapter_name in part for buffer in part[adapter_name].buffers()]
+
+    def saved(self, adapter_name: str, get: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """Own tensors; with starting factors A and B of the update of rank 2 r, ``[A; A0]`` and ``[B, -B0]``."""
+        tensors = super().saved(adapter_name, get)
+        if adapter_name in self.lora_start:
+            a0, b0 = (get(f"lora_start.{adapter_name}.{part}") for part in ("a", "b"))
+            tensors["lora_A.weight"] = torch.cat((tensors["lora_A.weight"], a0))
+            tensors["lora_B.weight"] = torch.cat((tensors["lora_B.weight"], -b0), 1)
+        return tensors
+
+    def as_saved(self, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """PEFT's files of PiSSA and OLoRA hold A and B alone; the starting factors are those of the base here."""
+        tensors = dict(tensors)
+        if adapter_name in self.lora_start:
+            r, start = self.r[adapter_name], self.lora_start[adapter_name]
+            a, b = (tensors.get(f"lora_{part}.weight") for part in "AB")
+            if a is not None and b is not None and a.shape[0] == b.shape[1] == r:
+                a0, b0 = (cast(Tensor, factor).to(a.device) for factor in (start.a, start.b))
+                tensors["lora_A.weight"], tensors["lora_B.weight"] = torch.cat((a, a0)), torch.cat((b, -b0), 1)
+        return tensors
+
+    @torch.no_grad()
+    def load(self, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite values with saved ones."""
+        if adapter_name in self.lora_start:
+            tensors, start, r = dict(tensors), self.lora_start[adapter_name], self.r[adapter_name]
+            if "lora_A.weight" in tensors:
+                tensors["lora_A.weight"], a0 = tensors["lora_A.weight"].split(r)
+                cast(Tensor, start.a).copy_(a0)
+            if "lora_B.weight" in tensors:
+                tensors["lora_B.weight"], b0 = tensors["lora_B.weight"].split(r, 1)
+                cast(Tensor, start.b).copy_(-b0)
+        super().load(adapter_name, tensors)
+        if adapter_name in self.lora_magnitude_vector:
+            self._reset_lengths(adapter_name)
+
+    # Computing.
+
+    def is_product(self, adapter_name: str) -> bool:
+        """Whether an adapter's A and B, as they are, enter `fastpeft.ops.lora_linear`, and nothing else does."""
+        return adapter_name not in self.lora_magnitude_vector and adapter_name not in self.lora_start
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the base and the active adapters.
@@ -162,113 +240,115 @@ class LoRALinear(nn.Module):
         Returns:
             ``(..., n)``, dtype of ``x``.
         """
-        active = [] if self.adapters_disabled else [name for name in self.active_adapters if name in self.lora_A]
-        if self.merged_weight is not None and not self.adapters_disabled:
-            return F.linear(x, self.merged_weight, self.bias)
+        merged = self._merged_forward(x)
+        if merged is not None:
+            return merged
+        if self.routing is not None:
+            base = self.base_layer(x)
+            return on_rows(base, x, self.routes(x.shape[0], x.device), self._update)
+        active = self.working()
         if not active:
             y: Tensor = self.base_layer(x)
             return y
-        first, *others = active
-        a, b = self._factors(first)
-        scale, dropout = self.scaling[first], self.lora_dropout[first]
-        y = lora_linear(x, self._base_weight(), a, b, scale, self.bias, dropout, self.training)
-        for name in others:
-            a, b = self._factors(name)
-            dropped = F.dropout(x.to(a.dtype), self.lora_dropout[name], self.training)
-            y = y + (self.scaling[name] * F.linear(F.linear(dropped, a), b)).to(y.dtype)
+        if any(name in self.lora_magnitude_vector for name in active):
+            base = y = self.base_layer(x)
+        else:
+            first, *active = active
+            a, b = self.factors(first)
+            scale, dropout = self.scaling[first], self.lora_dropout[first]
+            base = y = lora_linear(x, operand(self.base_layer), a, b, scale, self.bias, dropout, self.training)
+        for name in active:
+            y = y + self._update(name, x, base)
         return y
 
+    def _update(self, adapter_name: str, x: Tensor, base: Tensor) -> Tensor:
+        """What an adapter adds to the base's output."""
+        a, b = self.factors(adapter_name)
+        dropout = self.lora_dropout[adapter_name] if self.training else 0.0
+        dropped = F.dropout(x.to(a.dtype), dropout)
+        low_rank = self.scaling[adapter_name] * F.linear(F.linear(dropped, a), b)
+        if adapter_name not in self.lora_magnitude_vector:
+            return low_rank.to(base.dtype)
+        if dropout:
+            base = self.base_layer(dropped.to(x.dtype))
+        if self.bias is not None:
+            base = base - self.bias
+        stretch = cast(Tensor, self.lora_magnitude_vector[adapter_name].weight) / self._lengths(adapter_name)
+        return ((stretch - 1) * base + stretch * low_rank).to(base.dtype)
+
     @torch.no_grad()
-    def merged_dense_weight(self, adapter_names: Sequence[str] | None = None) -> Tensor:
-        """Compute ``w + sum of s * B @ A`` in fp32 and round it once to the base's dtype; nothing is changed.
+    def _lengths(self, adapter_name: str) -> Tensor:
+        """Row norms ``(n,)`` of ``w + s B A``, fp32, under autocast too."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            return self._lengths_in_full(adapter_name)
 
-        Args:
-            adapter_names: adapters to add; None for the active ones. Names this layer lacks add nothing.
-        Returns:
-            ``(n, k)``, dtype of the dense base or of the weight that the NF4 base was made from.
-        """
-        base = self._base_weight()
-        if isinstance(base, NF4Weight):
-            dtype, merged = base.dtype, nf4_dequantize(base, torch.float32)
-        else:
-            dtype, merged = base.dtype, base.detach().to(torch.promote_types(base.dtype, torch.float32), copy=True)
-        for name in self.active_adapters if adapter_names is None else adapter_names:
+    def _lengths_in_full(self, adapter_name: str) -> Tensor:
+        a, b = self.factors(adapter_name)
+        scale, magnitude = self.scaling[adapter_name], cast(_Magnitude, self.lora_magnitude_vector[adapter_name])
+        weight = operand(self.base_layer)
+        dtype = a.dtype if isinstance(weight, NF4Weight) else weight.dtype
+        wa = nf4_linear(a, weight) if isinstance(weight, NF4Weight) else F.linear(a.to(dtype), weight)
+        cross = (wa.to(b.dtype).t() * b).sum(1)
+        square = ((b @ (a @ a.t())) * b).sum(1)
+        return (magnitude.base_squares + 2 * scale * cross + scale**2 * square).clamp(min=1e-30).sqrt()
+
+    @torch.no_grad()
+    def _reset_lengths(self, adapter_name: str, magnitude_too: bool = False) -> None:
+        """Take the base's row norms anew, and begin with the lengths of the sum."""
+        a, b = self.factors(adapter_name)
+        weight, _ = dense_weight(self.base_layer)
+        magnitude = cast(_Magnitude, self.lora_magnitude_vector[adapter_name])
+        magnitude.base_squares.copy_(weight.square().sum(1))
+        if magnitude_too:
+            sums = weight + self.scaling[adapter_name] * (b @ a).to(weight.dtype)
+            magnitude.weight.copy_(torch.linalg.norm(sums, dim=1))
+
+    @torch.no_grad()
+    def merged(self, names: Sequence[str]) -> tuple[Tensor, Tensor | None, torch.dtype]:
+        """``w + sum of s B A``, in the base's dtype or fp32, whichever is finer."""
+        weight, bias, dtype = self._inner(names)
+        base = weight.clone() if any(name in self.lora_magnitude_vector for name in names) else weight
+        for name in names:
             if name in self.lora_A:
-                a, b = self._factors(name)
-                merged.addmm_(b.to(merged.dtype), a.to(merged.dtype), alpha=self.scaling[name])
-        return merged.to(dtype)
+                a, b = (factor.to(weight.dtype) for factor in self.factors(name))
+                if name in self.lora_magnitude_vector:
+                    whole = torch.addmm(base, b, a, alpha=self.scaling[name])
+                    lengths = cast(Tensor, self.lora_magnitude_vector[name].weight)
+                    weight.add_(whole.mul_((lengths / torch.linalg.norm(whole, dim=1))[:, None]).sub_(base))
+                else:
+                    weight.addmm_(b, a, alpha=self.scaling[name])
+        return weight, bias, dtype
 
-    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        """Use one dense weight with the adapters folded in until ``unmerge``; the base layer stays as it is.
-
-        Args:
-            safe_merge: refuse a merged weight that holds NaN or Inf.
-            adapter_names: adapters to merge; None for the active ones.
-        Raises:
-            UserError: ``safe_merge`` found a NaN or Inf.
-        """
-        names = [n for n in (self.active_adapters if adapter_names is None else adapter_names) if n in self.lora_A]
-        if not names:
-            return
-        merged = self.merged_dense_weight(names)
-        if safe_merge and not merged.isfinite().all():
-            raise UserError(
-                f"LoRALinear.merge: the weight merged with {names} holds NaN or Inf; the adapter is broken "
-                f"or overflows {merged.dtype}"
-            )
-        self.merged_weight = merged
-        self.merged_adapters = names
-
-    def unmerge(self) -> None:
-        """Drop the merged weight and go back to base and adapters, exactly."""
-        self.merged_weight = None
-        self.merged_adapters = []
-
-    def to_dense(self, adapter_names: Sequence[str] | None = None) -> nn.Linear:
-        """Make a plain linear layer that computes what this one does with the adapters merged.
-
-        Args:
-            adapter_names: adapters to merge; None for the active ones.
-        Returns:
-            A frozen ``nn.Linear`` with a weight of its own (not shared with the base) and the base's bias.
-        """
-        weight = self.merged_dense_weight(adapter_names)
-        dense = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=weight.dtype)
-        dense.weight = nn.Parameter(weight, requires_grad=False)
-        dense.register_parameter("bias", self.bias)
-        return dense.train(self.training)
-
-    def _factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        return cast(Tensor, self.lora_A[adapter_name].weight), cast(Tensor, self.lora_B[adapter_name].weight)
-
-    def _base_weight(self) -> Tensor | NF4Weight:
-        if isinstance(self.base_layer, NF4Linear):
-            return self.base_layer.nf4
-        return self.weight
-
-    # What model code reads from a linear layer.
-
-    @property
-    def in_features(self) -> int:
-        """Input features k of the base."""
-        return cast(int, self.base_layer.in_features)
-
-    @property
-    def out_features(self) -> int:
-        """Output features n of the base."""
-        return cast(int, self.base_layer.out_features)
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's stored weight: dense ``(n, k)``, or the packed codes of an NF4 base."""
-        return cast(Tensor, self.base_layer.weight)
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        """The base's bias."""
-        return cast("nn.Parameter | None", self.base_layer.bias)
+    def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """A and B whose scaled product the adapter adds to the weight; with starting factors of rank 2 r."""
+        a, b = cast(Tensor, self.lora_A[adapter_name].weight), cast(Tensor, self.lora_B[adapter_name].weight)
+        if adapter_name in self.lora_start:
+            start = self.lora_start[adapter_name]
+            return torch.cat((a, cast(Tensor, start.a))), torch.cat((b, -cast(Tensor, start.b)), 1)
+        return a, b
 
     def extra_repr(self) -> str:
         """Ranks and scales by adapter, shown in ``print(model)``."""
         adapters = ", ".join(f"{name}(r={r}, scaling={self.scaling[name]:g})" for name, r in self.r.items())
         return f"adapters=[{adapters}], active={self.active_adapters}"
+
+
+class _Start(nn.Module):
+    """The factors that an adapter began with, frozen."""
+
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("a", a)
+        self.register_buffer("b", b)
+
+
+class _Magnitude(nn.Module):
+    """DoRA's trained lengths, and the squared row norms of the base."""
+
+    base_squares: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        lengths = weight.new_zeros(weight.shape[0], dtype=torch.float32)
+        self.weight = nn.Parameter(lengths)
+        self.register_buffer("base_squares", lengths.clone(), persistent=False)

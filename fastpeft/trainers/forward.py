@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastpeft.errors import UserError
 from fastpeft.methods import PeftModel
-from fastpeft.nn import LoRALinear
+from fastpeft.nn import Adapted
 
 SCORE = "score"  # the name of a score layer, as in transformers' models for sequence classification
 
@@ -143,7 +143,7 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(module, LoRALinear):
-            module.lora_dropout.update(dict.fromkeys(module.lora_dropout, 0.0))
+        if isinstance(module, Adapted):
+            module.set_dropout(0.0)
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0  # type: ignore[assignment]

@@ -37,7 +37,7 @@ class SFTConfig(BaseConfig):
     """Options of `SFTTrainer`: those of `BaseConfig`, and how rows become tokens.
 
     Args:
-        max_length: tokens a row may have; longer rows lose prompt, never answer.
+        max_length: tokens a row may have, an adapter's virtual tokens included; longer rows lose prompt, never answer.
         on_bad_row: ``"error"`` to list a file's bad rows and stop, ``"skip"`` to leave them out.
         pad_to_multiple_of: batches are padded to a multiple of this many tokens.
     Raises:
@@ -87,6 +87,7 @@ class SFTTrainer(BaseTrainer):
         callbacks: Sequence[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
+        self._virtual_tokens = getattr(model, "num_virtual_tokens", 0)
         super().__init__(
             model,
             SFTConfig() if args is None else args,
@@ -116,10 +117,16 @@ class SFTTrainer(BaseTrainer):
                 f"SFTTrainer: {argument} is a {type(source).__name__}; give the path of a JSONL file, a list of rows, "
                 "or an SFTDataset"
             )
+        room = self.args.max_length - self._virtual_tokens
+        if room < _SHORTEST:
+            raise UserError(
+                f"SFTTrainer: the adapter's {self._virtual_tokens} virtual tokens leave {room} of max_length "
+                f"{self.args.max_length} for the text; it needs {_SHORTEST} or more, raise max_length"
+            )
         dataset = build_sft_dataset(
             source,  # type: ignore[arg-type]
             self._tokenizer(),
-            max_length=self.args.max_length,
+            max_length=room,
             on_bad_row=self.args.on_bad_row,  # type: ignore[arg-type]
             name=None if isinstance(source, (str, Path)) else argument,
         )

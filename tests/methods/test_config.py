@@ -85,9 +85,9 @@ def test_scaling() -> None:
         ({"target_modules": "*.q_proj"}, "is not a regular expression"),
         ({"modules_to_save": "lm_head"}, r"must be a list, \['lm_head'\]"),
         ({"bias": "some"}, "bias='some'; must be one of 'none', 'all', 'lora_only'"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'; this version has True, False and 'gaussian'"),
-        ({"use_dora": True}, "DoRA is not in this version"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out=True; it is for layers with transposed weights"),
+        ({"init_lora_weights": "eva"}, "init_lora_weights='eva'; this version has True, False, 'gaussian'"),
+        ({"init_lora_weights": "olora", "shared_a": True}, "shared_a with init_lora_weights='olora'"),
+        ({"loftq_config": {"loftq_bits": 2}, "init_lora_weights": "loftq"}, "this version has loftq_bits 4"),
         ({"task_type": "SEQ_CLS"}, "name the head in modules_to_save"),
         ({"task_type": "causal_lm"}, "did you mean 'CAUSAL_LM'"),
         ({"layers_pattern": "layers"}, "does nothing without layers_to_transform"),
@@ -104,7 +104,7 @@ def test_refuses(options: dict[str, object], message: str) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'; this version reads and trains 'LORA' only"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'; LoraConfig reads 'LORA'"),
         ({"target_modlues": ["q_proj"]}, "unknown key 'target_modlues'; did you mean 'target_modules'"),
         ({"zzz": 1}, "unknown key 'zzz'; known keys: r, target_modules"),
         ({"target_parameters": ["mlp.experts"]}, r"target_parameters=\['mlp.experts'\] is a PEFT option"),

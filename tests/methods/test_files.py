@@ -254,7 +254,7 @@ def other_vocabulary(folder: Path) -> None:
         (bad_json, r"adapter_config\.json: not valid JSON \(.*line 1"),
         (json_list, "holds a list; needs an object"),
         (no_type, "no key 'peft_type'"),
-        (other_type, r"adapter_config\.json: peft_type is 'PREFIX_TUNING'; this version reads and trains 'LORA'"),
+        (other_type, r"adapter_config\.json: peft_type is 'PREFIX_TUNING'; this version has LORA, IA3"),
         (other_key, r"unknown key 'lora_aplha'; did you mean 'lora_alpha'"),
         (
             missing_keys,

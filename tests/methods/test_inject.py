@@ -106,7 +106,7 @@ def test_nf4_layers_are_adapted() -> None:
             {"target_modules": ["mlp"]},
             "'model.layers.0.mlp' is a LlamaMLP, .*; name the linear layers in it: gate_proj",
         ),
-        ({"target_modules": ["embed_tokens"]}, "'model.embed_tokens' is a Embedding, which cannot be adapted"),
+        ({"target_modules": ["norm"]}, "'model.norm' is a LlamaRMSNorm, which cannot be adapted"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "all 2 matching modules are left out"),
         (
             {"target_modules": ["q_proj"], "exclude_modules": ["0.self_atn.q_proj"]},
@@ -172,7 +172,7 @@ def test_undo_gives_the_model_back(make_llama: Callable, modules_to_save: list[s
     model.model.norm.weight.requires_grad_(False)
     before = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
     plan = plan_adapter(model, LoraConfig(target_modules="all-linear", modules_to_save=modules_to_save))
-    undo = inject_adapter(model, plan, "default")
+    undo = inject_adapter(nn.Module(), model, plan, "default")
     assert any(isinstance(module, LoRALinear) for module in model.modules())
     undo.close()
     assert {name: (id(p), p.requires_grad) for name, p in model.named_parameters()} == before
@@ -183,11 +183,11 @@ def test_a_failure_half_way_is_undone(make_llama: Callable, monkeypatch: pytest.
     before = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
     add_adapter, calls = LoRALinear.add_adapter, []
 
-    def fails_at_the_third(self: LoRALinear, *options: object) -> None:
+    def fails_at_the_third(self: LoRALinear, *options: object, **named: object) -> None:
         calls.append(self)
         if len(calls) == 3:
             raise torch.OutOfMemoryError("no memory left")
-        add_adapter(self, *options)
+        add_adapter(self, *options, **named)
 
     monkeypatch.setattr(LoRALinear, "add_adapter", fails_at_the_third)
     with pytest.raises(torch.OutOfMemoryError):

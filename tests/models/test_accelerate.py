@@ -156,12 +156,15 @@ def test_adapters_of_peft() -> None:
     assert torch.allclose(joined(grads), joined(plain_grads), rtol=1e-4, atol=1e-6)
 
 
-def test_an_adapter_on_the_output_layer_leaves_the_loss_to_the_class() -> None:
+def test_an_adapter_on_the_output_layer_needs_no_logits_either() -> None:
     model = lora(fastpeft.accelerate(tiny("llama")))
     assert model(**batch()).logits is None
     config = LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
     model = get_peft_model(fastpeft.accelerate(tiny("llama")), config).train()
-    assert model(**batch()).logits is not None
+    out = model(**batch())
+    assert out.logits is None
+    with model.disable_adapter():
+        assert model(**batch()).logits is None
 
 
 # --- things around it ---

@@ -118,8 +118,8 @@ def test_an_evaluation_file_is_used(job: Path):
         ),
         (
             "method: lora",
-            "use_dora: true",
-            "job.yaml:5: peft.use_dora=True; DoRA is not in this version, leave it out or use use_rslora",
+            "bias: some",
+            "job.yaml:5: peft.bias='some'; must be one of 'none', 'all', 'lora_only'",
         ),
         (
             "save_strategy: no",

@@ -45,7 +45,7 @@ def make_trainer(
     def make(model: nn.Module | str = "full", folder: str = "run", **options: Any) -> SFTTrainer:
         given = {
             key: options.pop(key)
-            for key in ("train_dataset", "eval_dataset", "processing_class", "callbacks", "data_collator")
+            for key in ("train_dataset", "eval_dataset", "processing_class", "callbacks", "data_collator", "optimizers")
             if key in options
         }
         defaults: dict[str, Any] = {
