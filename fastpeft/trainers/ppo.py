@@ -190,8 +190,9 @@ class PPOTrainer(BaseTrainer):
             optimizer = super().create_optimizer(model)
         extra = self.roles.value_parameters()
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if new := [p for p in extra if id(p) not in known]:
-            optimizer.add_param_group({"params": new})
+        if new := [(name, p) for name, p in extra if id(p) not in known]:
+            named = "param_names" in optimizer.param_groups[0]  # all groups have names, or none has
+            optimizer.add_param_group({"params": new if named else [p for _, p in new]})
         return optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:

@@ -144,15 +144,17 @@ class Roles:
         finally:
             model.set_adapter(self._policy_adapter)
 
-    def value_parameters(self) -> list[nn.Parameter]:
-        """Those of a value model by itself."""
-        return [] if self._value_model is None else [p for p in self._value_model.parameters() if p.requires_grad]
+    def value_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Those of a value model by itself, by name."""
+        if self._value_model is None:
+            return []
+        return [(f"value_model.{name}", p) for name, p in self._value_model.named_parameters() if p.requires_grad]
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Those of policy and value."""
         with self.all_trainable():
             own = [p for p in self._model.parameters() if p.requires_grad]
-        return own + self.value_parameters()
+        return own + [p for _, p in self.value_parameters()]
 
     def each_model(self, change: Callable[[nn.Module], None]) -> None:
         """Do something to every model there is."""
