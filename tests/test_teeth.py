@@ -77,6 +77,26 @@ def forget_the_scales(patch: Patch) -> None:
     patch.setattr(formats, "decode", lambda codes, absmax, values: original(codes, torch.ones_like(absmax), values))
 
 
+def change_a_list(index: int, change: Callable[[Any], Any]) -> Callable[[Patch], None]:
+    """One of the arguments of a native list of tensors."""
+
+    def sabotage(patch: Patch) -> None:
+        original = native.adamw_list
+
+        def broken(*arguments: Any) -> Any:
+            changed = list(arguments)
+            changed[index] = change(changed[index])
+            return original(*changed)
+
+        patch.setattr(native, "adamw_list", broken)
+
+    return sabotage
+
+
+shift_pieces = change_a_list(6, lambda offsets: [0] * len(offsets))
+count_everywhere = change_a_list(10, lambda advances: [1] * len(advances))
+
+
 def forget_the_base_gradient(patch: Patch) -> None:
     patch.setattr(lora, "_base_dx", lambda dy, member, k: dy.new_zeros((dy.shape[0], k)))
 
@@ -148,6 +168,12 @@ GATED = running("ops.test_glu", "test_forward_and_backward", torch.float32, "geg
 STEPS = running("optim.test_adamw", "test_a_thousand_steps_follow_torch", False, 10, "cpu")
 CLIPPING = running("optim.test_gradient_norm", "test_clipping_is_that_of_torch", 1.0, "cpu")
 BITS_OF_STATE = running("optim.test_state_dicts", "test_codes_of_another_map_are_read_by_it")
+LISTS = running("ops.test_adamw", "test_steps_against_float64", "fp32", "fp32", 0, "float32", "cpu")
+CODES = running("ops.test_adamw", "test_steps_against_float64", "bf16", "bf16", 0, "8bit", "cpu")
+CLIPPED = running("ops.test_adamw", "test_norm_clipping_and_scale", "fp32", "cpu")
+SKIPPED = running("ops.test_adamw", "test_a_skipped_step_writes_nothing", "found", "float32", "cpu")
+ROUNDED = running("ops.test_adamw", "test_stochastic_rounding_is_unbiased_and_seeded", "cpu")
+PIECES = running("ops.test_adamw", "test_pieces_have_the_bits_of_the_whole", "bf16", "8bit", "cpu")
 BY_HAND_LOSS = running("ops.test_cross_entropy", "test_a_row_worked_out_by_hand", "cpu")
 LOSS = running("ops.test_cross_entropy", "test_loss_and_gradients", torch.bfloat16, "t37-k64-v96", "mean", "all", "cpu")
 CHUNKS = running("ops.test_cross_entropy", "test_chunks", torch.bfloat16, "mean", 64, "cpu")
@@ -162,6 +188,16 @@ CASES: dict[str, tuple[Callable[[Patch], None], Run]] = {
     "no scales of 8-bit state": (forget_the_scales, BITS_OF_STATE),
     "no weight decay": (change_an_adamw_option(weight_decay=0.0), STEPS),
     "descent for ascent": (change_an_adamw_option(maximize=True), STEPS),
+    "no eps in AdamW": (change_an_argument("adamw_step", 8, lambda eps: 1e-2), LISTS),
+    "another beta1": (change_an_argument("adamw_step", 6, lambda beta1: 0.8), LISTS),
+    "another beta2, 8-bit": (change_an_argument("adamw_step", 7, lambda beta2: 0.999), CODES),
+    "descent for ascent in a list": (change_an_argument("adamw_step", 10, lambda maximize: True), LISTS),
+    "rounding to nearest for stochastic": (change_an_argument("adamw_step", 11, lambda stochastic: False), ROUNDED),
+    "no clipping": (change_an_argument("adamw_norm", 5, lambda max_norm: float("inf")), CLIPPED),
+    "no unscaling": (change_an_argument("adamw_norm", 6, lambda scale: 0), CLIPPED),
+    "an infinity overlooked": (change_an_argument("adamw_norm", 7, lambda found: 0), SKIPPED),
+    "a piece at another place": (shift_pieces, PIECES),
+    "a step counted by every list": (count_everywhere, PIECES),
     "no base gradient": (forget_the_base_gradient, LORA),
     "another mask in backward": (draw_another_mask_in_backward, LORA),
     "one layer's projection for all": (project_by_the_first_layer, GROUP),

@@ -49,7 +49,7 @@ struct DynamicMap {
     for (int i = 0; i + 1 < kMagnitudes; ++i) midpoints[i] = 0.5f * (magnitudes[i] + magnitudes[i + 1]);
     int magnitude = 0;
     for (int bin = 0; bin < kDynamicBins; ++bin) {
-      while (lower_end(bin) > midpoints[magnitude]) ++magnitude;
+      while (magnitude + 1 < kMagnitudes && lower_end(bin) > midpoints[magnitude]) ++magnitude;
       nearest[bin] = static_cast<uint8_t>(magnitude);
     }
   }

@@ -70,7 +70,7 @@ class DevicePages {
   }
   ~DevicePages() {
     unmap(0, std::ssize(handles_));
-    FASTPEFT_DRIVER(cuMemAddressFree)(base_, handles_.size() * kArenaPage);
+    free_(base_, handles_.size() * kArenaPage);
   }
   DevicePages(const DevicePages&) = delete;
   DevicePages& operator=(const DevicePages&) = delete;
@@ -85,7 +85,7 @@ class DevicePages {
         check_driver(FASTPEFT_DRIVER(cuMemCreate)(&handle, kArenaPage, &properties_, 0),
                      "cuMemCreate of a page of 2 MB on the device");
         const CUresult mapped = FASTPEFT_DRIVER(cuMemMap)(base_ + i * kArenaPage, kArenaPage, 0, handle, 0);
-        if (mapped != CUDA_SUCCESS) FASTPEFT_DRIVER(cuMemRelease)(handle);
+        if (mapped != CUDA_SUCCESS) release_(handle);
         check_driver(mapped, "cuMemMap");
         handles_[i] = handle;
       }
@@ -102,13 +102,17 @@ class DevicePages {
   void unmap(int64_t first, int64_t count) {
     for (int64_t i = first; i < first + count; ++i) {
       if (handles_[i] == 0) continue;
-      FASTPEFT_DRIVER(cuMemUnmap)(base_ + i * kArenaPage, kArenaPage);
-      FASTPEFT_DRIVER(cuMemRelease)(handles_[i]);
+      unmap_(base_ + i * kArenaPage, kArenaPage);
+      release_(handles_[i]);
       handles_[i] = 0;
     }
   }
 
  private:
+  // Asked for at once: a destructor may run when the driver answers no more.
+  decltype(&cuMemUnmap) unmap_ = FASTPEFT_DRIVER(cuMemUnmap);
+  decltype(&cuMemRelease) release_ = FASTPEFT_DRIVER(cuMemRelease);
+  decltype(&cuMemAddressFree) free_ = FASTPEFT_DRIVER(cuMemAddressFree);
   CUmemAllocationProp properties_{};
   CUdeviceptr base_ = 0;
   std::vector<CUmemGenericAllocationHandle> handles_;  // 0: none

@@ -318,8 +318,8 @@ def _check_grads(grads: Sequence[Tensor], params: Sequence[Tensor]) -> None:
         if grad.dtype != dtype or grad.device != device or grad.numel() != param.numel() or not grad.is_contiguous():
             raise ValueError(
                 f"adamw: a parameter of shape {tuple(param.shape)} has a gradient of shape {tuple(grad.shape)}, "
-                f"{grad.dtype} on {grad.device} with strides {grad.stride()}; a list needs contiguous gradients of the "
-                f"parameters' sizes, all {dtype} on {device}"
+                f"{grad.dtype} on {grad.device}, {grad.layout} with strides {grad.stride()}; a list needs contiguous "
+                f"gradients of the parameters' sizes, all {dtype} on {device}"
             )
 
 

@@ -81,6 +81,17 @@ def host_bytes(address: int, nbytes: int, owner: object) -> Tensor:
     return torch.frombuffer(buffer, dtype=torch.uint8)
 
 
+def adamw_far_plan(adamw_list: Any, slot_bytes: int) -> list[Any]:
+    """What travels in which slot when a list's state is on the host (csrc/cuda/adamw_far_plan.h).
+
+    Returns:
+        For each batch its copies, ``(host, slot, nbytes)``, and its rows, ``(row, offset, numel, param, exp_avg,
+        exp_avg_sq, absmax, absmax_sq)``, with three slots in turns from address 0 on.
+    """
+    batches: list[Any] = _C.adamw_far_plan(adamw_list, slot_bytes)
+    return batches
+
+
 class LinearPlan(NamedTuple):
     """How a product with an NF4 weight is computed (csrc/cuda/nf4_linear_config.h)."""
 
