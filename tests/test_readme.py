@@ -26,7 +26,8 @@ def test_python_blocks_run(code: str, tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
-    assert (tmp_path / "runs/readme/adapter/adapter_model.safetensors").is_file()
+    if "runs/readme/adapter" in code:
+        assert (tmp_path / "runs/readme/adapter/adapter_model.safetensors").is_file()
 
 
 def test_make_targets_exist() -> None:
