@@ -96,7 +96,8 @@ class _Kind:
 
 
 FLOAT32 = _Kind(AdamW, {"torch": torch_optim.adamw, "bnb": bnb.adamw("AdamW32bit")}, 8)
-GRAPH = replace(FLOAT32, peers={**FLOAT32.peers, "torch": torch_optim.adamw_for_graphs})
+MANY = replace(FLOAT32, peers={**FLOAT32.peers, "bnb-paged": bnb.adamw("PagedAdamW32bit")})
+GRAPH = replace(MANY, peers={**MANY.peers, "torch": torch_optim.adamw_for_graphs})
 EIGHT_BIT = _Kind(
     AdamW8bit,
     {**FLOAT32.peers, "bnb": bnb.adamw("AdamW8bit")},
@@ -126,7 +127,7 @@ def _prepare(
     def peer(name: str) -> Calls:
         note = state_in_bf16 if name == "torch" else ""
         calls = contender(kind.peers[name], start, grads, note, eager_because)
-        return replace(calls, check=check(BNB_TOLERANCES)) if name == "bnb" else calls
+        return replace(calls, check=check(BNB_TOLERANCES)) if name.startswith("bnb") else calls
 
     return Trial(
         ours=contender(kind.ours, start, grads, eager_because=eager_because),
@@ -152,11 +153,11 @@ def _cases(device_type: str) -> list[Case]:
     lora = _lora_shapes(_LLAMA_8B, layers=32) if cuda else _lora_shapes(_TINY, layers=2)
     millions = sum(math.prod(shape) for shape in lora) / 1e6
     sizes = {"tensors": len(lora), "params": f"{millions:.3g}M", "r": 16}
-    cases.append(Case("adamw", sizes, torch.float32, partial(_prepare, lora, torch.float32), quick=True))
+    cases.append(Case("adamw", sizes, torch.float32, partial(_prepare, lora, torch.float32, kind=MANY), quick=True))
     if cuda:
         captured = partial(_prepare, lora, torch.float32, kind=GRAPH, eager_because="")
         cases.append(Case("adamw_graph", sizes, torch.float32, captured, quick=True))
     return cases
 
 
-SUITE = Suite("adamw", "one AdamW step with its state on the device", ("torch", "bnb"), _cases)
+SUITE = Suite("adamw", "one AdamW step with its state on the device", ("torch", "bnb", "bnb-paged"), _cases)

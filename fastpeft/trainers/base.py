@@ -114,6 +114,7 @@ class BaseTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = True  # compute_loss divides by num_items_in_batch itself
         self.meter = Meter(args.device)
+        self._eval_meter = Meter(args.device)
         self.nothing_to_do = False
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
@@ -317,11 +318,27 @@ class BaseTrainer(Trainer):
         reduced: Tensor = self.accelerator.reduce(values, reduction="sum")
         return reduced
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate, as in transformers; the time it takes does not count in ``tokens_per_second``."""
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Give the mean loss and the metrics of a data set; the time does not count in ``tokens_per_second``.
+
+        Args:
+            eval_dataset: anything the constructor takes; its own evaluation set if None.
+            args: as in transformers.
+            kwargs: as in transformers.
+        """
         with (self._stopwatch or Stopwatch()).paused():
-            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+            dataset = self.prepare_dataset(eval_dataset, "eval_dataset")
+            metrics: dict[str, float] = super().evaluate(dataset, *args, **kwargs)
         return metrics
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Weigh by what the loss counts, tokens or pairs, what transformers would average by batches."""
+        self._eval_meter.reset()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        for name, value in self._eval_meter.read(self._sum_over_processes).items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        output.metrics.pop(f"{metric_key_prefix}_model_preparation_time", None)
+        return output
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Zero: transformers' estimate walks over every parameter in every micro-step."""

@@ -68,7 +68,6 @@ class PreferenceTrainer(BaseTrainer):
         super().__init__(model, args, **given)
         if args.disable_dropout:
             disable_dropout(model)
-        self._eval_meter = Meter(args.device)
 
     def prepare_dataset(self, source: Source | None, argument: str) -> Dataset[Any] | None:
         """Tokenise what is not tokenised yet; the report on it is printed once."""
@@ -147,25 +146,6 @@ class PreferenceTrainer(BaseTrainer):
         return (loss, {"losses": losses}) if return_outputs else loss
 
     # Evaluation.
-
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Give the mean loss over the pairs of a data set, and the metrics of training.
-
-        Args:
-            eval_dataset: anything the constructor takes; its own evaluation set if None.
-            args: as in transformers.
-            kwargs: as in transformers.
-        """
-        return super().evaluate(self.prepare_dataset(eval_dataset, "eval_dataset"), *args, **kwargs)
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """Weigh by pairs what transformers would average by batches."""
-        self._eval_meter.reset()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        for name, value in self._eval_meter.read(self._sum_over_processes).items():
-            output.metrics[f"{metric_key_prefix}_{name}"] = value
-        output.metrics.pop(f"{metric_key_prefix}_model_preparation_time", None)
-        return output
 
     def prediction_step(
         self,

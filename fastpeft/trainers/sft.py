@@ -25,7 +25,6 @@ from fastpeft.models import has_fused_loss, report
 from fastpeft.trainers.base import BaseTrainer
 from fastpeft.trainers.config import BaseConfig
 from fastpeft.trainers.losses import token_nll
-from fastpeft.trainers.metrics import Meter
 
 _SHORTEST = 8  # tokens; a row has at least a prompt, an answer and EOS
 
@@ -101,7 +100,6 @@ class SFTTrainer(BaseTrainer):
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self._base = base
         self._selects_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
-        self._eval_meter = Meter(self.args.device)
 
     # Data.
 
@@ -221,25 +219,6 @@ class SFTTrainer(BaseTrainer):
         return bool(step % max(1, self.state.logging_steps) == 0 or (step == 1 and args.logging_first_step))
 
     # Evaluation.
-
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Give the mean loss over the targets of a data set, and the accuracy.
-
-        Args:
-            eval_dataset: anything the constructor takes; its own evaluation set if None.
-            args: as in transformers.
-            kwargs: as in transformers.
-        """
-        return super().evaluate(self.prepare_dataset(eval_dataset, "eval_dataset"), *args, **kwargs)
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """Weigh by tokens what transformers would average by batches."""
-        self._eval_meter.reset()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        for name, value in self._eval_meter.read(self._sum_over_processes).items():
-            output.metrics[f"{metric_key_prefix}_{name}"] = value
-        output.metrics.pop(f"{metric_key_prefix}_model_preparation_time", None)
-        return output
 
     def prediction_step(
         self,

@@ -192,7 +192,9 @@ def test_stochastic_rounding_is_the_same_at_every_run_and_other_with_another_see
 @pytest.mark.parametrize("make", FAMILY)
 def test_torchs_arguments_are_taken(make: Any) -> None:
     param = nn.Parameter(torch.ones(3))
-    make([param], 1e-3, (0.9, 0.99), 1e-8, 0.1, False, foreach=True, capturable=True, fused=True, differentiable=False)
+    options = {"foreach": True, "capturable": True, "fused": True, "differentiable": False}
+    (group,) = make([param], 2e-3, (0.8, 0.99), 1e-7, 0.1, False, **options).param_groups
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (2e-3, (0.8, 0.99), 1e-7, 0.1)
 
 
 def test_state_that_is_taken_away_is_made_anew(device: str) -> None:
