@@ -41,5 +41,7 @@ void bind_rms_norm(pybind11::module_& m);
 void bind_rope(pybind11::module_& m);
 void bind_glu(pybind11::module_& m);
 void bind_cross_entropy(pybind11::module_& m);
+void bind_paged_attention(pybind11::module_& m);
+void bind_sample(pybind11::module_& m);
 
 }  // namespace fastpeft::bindings

@@ -55,4 +55,6 @@ PYBIND11_MODULE(_C, m) {
   fastpeft::bindings::bind_rope(m);
   fastpeft::bindings::bind_glu(m);
   fastpeft::bindings::bind_cross_entropy(m);
+  fastpeft::bindings::bind_paged_attention(m);
+  fastpeft::bindings::bind_sample(m);
 }

@@ -8,8 +8,10 @@
 #include "fastpeft/lora.h"
 #include "fastpeft/nf4.h"
 #include "fastpeft/nf4_linear.h"
+#include "fastpeft/paged_attention.h"
 #include "fastpeft/rms_norm.h"
 #include "fastpeft/rope.h"
+#include "fastpeft/sample.h"
 
 namespace fastpeft::cuda {
 namespace {
@@ -40,6 +42,8 @@ void glu(const GluArgs&, const Context&) { refuse("glu"); }
 void glu_backward(const GluBackwardArgs&, const Context&) { refuse("glu"); }
 void cross_entropy(const CrossEntropyArgs&, const Context&) { refuse("cross_entropy"); }
 void cross_entropy_backward(const CrossEntropyBackwardArgs&, const Context&) { refuse("cross_entropy_backward"); }
+void paged_attention(const PagedAttentionArgs&, const Context&) { refuse("paged_attention"); }
+void sample(const SampleArgs&, const Context&) { refuse("sample"); }
 void scale(const ScaleArgs&, const Context&) { refuse("scale"); }
 
 struct Arena::State {};

@@ -7,11 +7,14 @@ from fastpeft.ops.lora import lora_linear, lora_linear_group, lora_linear_plan
 from fastpeft.ops.native import build_info
 from fastpeft.ops.nf4 import nf4_dequantize, nf4_linear, nf4_linear_plan, nf4_quantize
 from fastpeft.ops.nf4_weight import NF4Weight
+from fastpeft.ops.paged_attention import paged_attention
 from fastpeft.ops.rms_norm import rms_norm
 from fastpeft.ops.rope import rope
+from fastpeft.ops.sample import SamplingState, sample_
 
 __all__ = [
     "NF4Weight",
+    "SamplingState",
     "adamw_",
     "build_info",
     "geglu",
@@ -24,7 +27,9 @@ __all__ = [
     "nf4_linear",
     "nf4_linear_plan",
     "nf4_quantize",
+    "paged_attention",
     "rms_norm",
     "rope",
+    "sample_",
     "swiglu",
 ]

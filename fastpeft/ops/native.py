@@ -217,6 +217,16 @@ def row_view(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
+def paged_attention_plan(
+    rows: int, heads: int, kv_heads: int, dim: int, most_tokens: int, device: torch.device
+) -> tuple[int, int, int]:
+    """Parts that rows are cut into on CUDA (csrc/cuda/paged_attention_config.h), float32 of workspace, and counters."""
+    plan: tuple[int, int, int] = _C.paged_attention_plan(
+        rows, heads, kv_heads, dim, most_tokens, *device_limits(device)
+    )
+    return plan
+
+
 def rms_norm_partial_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> int:
     """Rows of partial sums that the backward of an RMSNorm needs for its weight's gradient."""
     sms = device_limits(device)[1] if device.type == "cuda" else 0

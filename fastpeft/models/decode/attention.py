@@ -1,0 +1,184 @@
+"""Attention functions of a decoding model, in the place where transformers looks for one.
+
+A model's layers call the function that their config names. While an engine runs, that is ours: it gets the new tokens'
+queries, keys and values, with positions in, and knows from the engine's `Pass` which tokens of which rows they are. So
+the model needs no cache object, no mask and no forward of its own, whatever its family.
+
+In a prompt pass the rows' prompts lie one after another without padding; for attention alone they are laid side by
+side, padded at the end, where causality keeps the padding from being seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from fastpeft.errors import UserError
+from fastpeft.models.decode.cache import PAGE_SIZE, PagedCache
+from fastpeft.ops import paged_attention
+
+NAME = "fastpeft_decode"
+_PASS: ContextVar[Pass | None] = ContextVar("fastpeft_decode_pass", default=None)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass of an engine.
+
+    Attributes:
+        cache: keys and values.
+        table: ``(rows, row_pages)`` int32, the pages of the rows.
+        lengths: ``(rows,)`` int32, tokens that the rows have before this pass; below 0 for idle rows.
+        prompts: where the tokens of a prompt pass lie; None for a step, in which each row has one new token.
+    """
+
+    cache: PagedCache
+    table: Tensor
+    lengths: Tensor
+    prompts: Prompts | None = None
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Where the ``t`` tokens of ``b`` prompts lie.
+
+    Attributes:
+        count: b.
+        longest: tokens of the longest prompt.
+        padded: ``(b * longest,)`` int64: for each place of a padded row the token there, any for padding.
+        real: ``(t,)`` int64: where each token is in the padded rows.
+        pages: ``(t,)`` int64, the page of each token.
+        offsets: ``(t,)`` int64, its place in the page.
+    """
+
+    count: int
+    longest: int
+    padded: Tensor
+    real: Tensor
+    pages: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def of(cls, lengths: list[int], table: Tensor) -> Prompts:
+        """Lay out prompts of these lengths, with the pages of their rows ``(b, row_pages)``."""
+        device = table.device
+        longest = max(lengths)
+        sizes = torch.tensor(lengths)
+        place = torch.arange(longest).expand(len(lengths), -1)
+        starts = (sizes.cumsum(0) - sizes)[:, None]
+        is_real = place < sizes[:, None]
+        padded = torch.where(is_real, starts + place, starts).flatten().to(device)
+        real = is_real.flatten().nonzero()[:, 0].to(device)
+        rows = torch.arange(len(lengths)).repeat_interleave(sizes).to(device)
+        positions = place[is_real].to(device)
+        pages = table[rows, positions // PAGE_SIZE].long()
+        return cls(len(lengths), longest, padded, real, pages, positions % PAGE_SIZE)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend over the cache; the arguments are those that transformers gives every attention function.
+
+    Args:
+        module: the attention module; its ``layer_idx`` says which layer it is.
+        query: ``(b, heads, t, d)`` of the new tokens.
+        key: ``(b, kv_heads, t, d)``.
+        value: as ``key``.
+        attention_mask: None.
+        scaling: factor of the scores; None for ``d ** -0.5``.
+        sliding_window: tokens that are attended to; None for all.
+        softcap: bound of the scores; None for none.
+        kwargs: what else a model gives; attention sinks are refused.
+    Returns:
+        ``(b, t, heads, d)``, and None for the weights.
+    """
+    now = current_pass()
+    assert now is not None, "the attention of a decoding engine outside of it"
+    if kwargs.get("s_aux") is not None:
+        raise UserError("generate: this model's attention has sinks, which the decoding engine does not know")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    options = {"scale": scale, "softcap": softcap or 0.0, "window": sliding_window or 0}
+    layer: Any = module.layer_idx
+    if now.prompts is not None:
+        return _prompt_pass(now, now.prompts, layer, query, key, value, **options), None
+    pages = now.cache.layer(layer, key)
+    q, k, v = (x[:, :, 0] for x in (query, key, value))
+    return paged_attention(q, k, v, *pages, now.table, now.lengths, **options)[:, None], None
+
+
+def _prompt_pass(
+    now: Pass, prompts: Prompts, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, window: int
+) -> Tensor:
+    k_pages, v_pages = now.cache.layer(layer, k)
+    k_pages[prompts.pages, :, prompts.offsets] = k[0].transpose(0, 1)
+    v_pages[prompts.pages, :, prompts.offsets] = v[0].transpose(0, 1)
+    side_by_side = [x[0][:, prompts.padded].unflatten(1, (prompts.count, -1)).transpose(0, 1) for x in (q, k, v)]
+    out = _causal(*side_by_side, scale, softcap, window if window < prompts.longest else 0)
+    return out.transpose(1, 2).flatten(0, 1)[prompts.real][None]
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, window: int) -> Tensor:
+    """Causal attention of whole prompts, ``(b, heads, n, d)``."""
+    shared = q.shape[1] != k.shape[1]
+    if not softcap and not window:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shared)
+    place = torch.arange(q.shape[2], device=q.device)
+    seen = place[:, None] >= place
+    if window:
+        seen = seen & (place[:, None] - place < window)
+    if not softcap:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=shared)
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = softcap * torch.tanh(q @ k.transpose(2, 3) * (scale / softcap))
+    return scores.masked_fill(~seen, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def current_pass() -> Pass | None:
+    """The engine's pass that is under way here, if there is one."""
+    return _PASS.get()
+
+
+@contextmanager
+def running(model: nn.Module) -> Iterator[None]:
+    """Let a model's layers call our attention function, in evaluation mode; undone at the end."""
+    AttentionInterface.register(NAME, attention)
+    configs = {id(c): c for m in model.modules() if hasattr(m, "layer_idx") and (c := getattr(m, "config", None))}
+    names = {key: config._attn_implementation_internal for key, config in configs.items()}
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        for config in configs.values():
+            config._attn_implementation_internal = NAME
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation_internal = names[key]
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def in_pass(now: Pass) -> Iterator[None]:
+    """Say which pass is under way."""
+    token = _PASS.set(now)
+    try:
+        yield
+    finally:
+        _PASS.reset(token)
