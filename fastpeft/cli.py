@@ -140,12 +140,18 @@ def generate(
     temperature: Annotated[
         float, typer.Option(min=0, help="0 takes the likeliest token; above 0, tokens are drawn.")
     ] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from so many of the likeliest tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that have this mass.")] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1 makes tokens that are there already less likely.")
+    ] = 1.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at a time.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the draws, with a temperature above 0.")] = 0,
 ) -> None:
     """Answer prompts with a tuned model; on a terminal without a prompt, one turn after another."""
     import torch
 
+    from fastpeft.models.decode import make_decoder
     from fastpeft.recipes import converse, generate_answers, load_for_generation, read_model_config, read_prompts
     from fastpeft.recipes.yaml_file import Settings
 
@@ -167,9 +173,17 @@ def generate(
         base = read_model_config(Settings("command line", {"model": {"path": model, **stated}}, {}))
     loaded, tokenizer = load_for_generation(run, model=base, adapter=adapter, untuned=untuned)
     torch.manual_seed(seed)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "batch_size": batch_size}
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "batch_size": batch_size,
+    }
 
     if prompts is None:
+        options["decoder"] = make_decoder(loaded, 1)
         converse(lambda line: next(generate_answers(loaded, tokenizer, [line], **options)))
         return
     for asked, answer in zip(prompts, generate_answers(loaded, tokenizer, prompts, **options), strict=True):

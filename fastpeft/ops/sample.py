@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,8 +55,13 @@ class SamplingState:
 
     def rows(self, count: int) -> SamplingState:
         """Views of the first rows."""
-        mine = {each.name: getattr(self, each.name) for each in fields(self)}
-        return SamplingState(**{name: None if x is None else x[:count] for name, x in mine.items()})
+        return self.each(lambda x: x[:count])
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> SamplingState:
+        """Another state, of what a function makes of each tensor."""
+        made: dict[str, Any] = {name: getattr(self, name) for name in (field.name for field in fields(self))}
+        changed: dict[str, Any] = {name: None if x is None else change(x) for name, x in made.items()}
+        return SamplingState(**changed)
 
 
 _DTYPES = {

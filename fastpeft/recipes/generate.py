@@ -8,17 +8,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from fastpeft.data import encode_prompt
 from fastpeft.data.records import read_prompt_rows, read_text_lines
 from fastpeft.errors import UserError
 from fastpeft.methods import PeftModel
-from fastpeft.recipes.load import load_model, quiet
+from fastpeft.models.decode import DecodeOptions, Decoder, make_decoder
+from fastpeft.recipes.load import load_model
 from fastpeft.recipes.run_folder import run_sources
 from fastpeft.recipes.schema import ModelConfig
 
 Prompt = str | Mapping[str, Any]
+
+_BATCHES_AT_ONCE = 4
 
 
 def load_for_generation(
@@ -63,9 +66,13 @@ def generate_answers(
     *,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
     batch_size: int = 8,
+    decoder: Decoder | None = None,
 ) -> Iterator[str]:
-    """Answer prompts, in batches and in their order.
+    """Answer prompts, in their order.
 
     Args:
         model: what ``load_for_generation`` gave.
@@ -73,30 +80,25 @@ def generate_answers(
         prompts: the user's text, or rows in a form that training takes; an answer in a row is not read.
         max_new_tokens: tokens an answer may have.
         temperature: 0 takes the likeliest token each time; above, tokens are drawn from the softmax of
-            ``logits / temperature`` with torch's generator.
+            ``logits / temperature``, with seeds from torch's generator.
+        top_k: how many of the likeliest tokens are drawn from; 0 for all.
+        top_p: the mass of the likeliest tokens that are drawn from; 1 for all.
+        repetition_penalty: above 1 makes tokens that are there already less likely.
         batch_size: prompts at a time.
+        decoder: of this model, to go on with; None makes one.
     Returns:
         The answers as they come, without special tokens and surrounding white space.
     Raises:
         UserError: a prompt cannot be read, or a number is out of range.
     """
-    if max_new_tokens < 1 or batch_size < 1 or temperature < 0:
-        raise UserError(
-            f"generate: max_new_tokens={max_new_tokens} and batch_size={batch_size} have to be at least 1, "
-            f"temperature={temperature} at least 0"
-        )
-    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        # Stated, so that a model's own generation_config cannot make greedy decoding something else.
-        repetition_penalty=1.0,
-        eos_token_id=_stop_tokens(model, tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        **sampling,
+    if batch_size < 1:
+        raise UserError(f"generate: batch_size is {batch_size}; it must be at least 1")
+    options = DecodeOptions(
+        max_new_tokens, temperature, top_k, top_p, repetition_penalty, stop_ids=tuple(_stop_tokens(model, tokenizer))
     )
+    options.check()
     rows = [_encode(prompt, number, tokenizer) for number, prompt in enumerate(prompts, start=1)]
-    return _answers(model, tokenizer, rows, settings, batch_size)
+    return _answers(decoder or make_decoder(model, batch_size), tokenizer, rows, options, batch_size)
 
 
 def _encode(prompt: Prompt, number: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -107,27 +109,17 @@ def _encode(prompt: Prompt, number: int, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _answers(
-    model: nn.Module,
+    decoder: Decoder,
     tokenizer: PreTrainedTokenizerBase,
     rows: list[list[int]],
-    settings: GenerationConfig,
+    options: DecodeOptions,
     batch_size: int,
 ) -> Iterator[str]:
-    device = next(model.parameters()).device
-    for first in range(0, len(rows), batch_size):
-        batch = rows[first : first + batch_size]
-        width = max(map(len, batch))
-        ids = torch.full((len(batch), width), tokenizer.pad_token_id, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for index, row in enumerate(batch):  # padded on the left: answers begin at one column
-            ids[index, width - len(row) :] = torch.tensor(row)
-            mask[index, width - len(row) :] = 1
-        with torch.no_grad(), quiet():
-            tokens = model.generate(  # type: ignore[operator]
-                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
-            )
-            answers = tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True)
-        yield from (answer.strip() for answer in answers)
+    """As many prompts to a call as keep its rows full, and few enough for answers to come early."""
+    at_once = _BATCHES_AT_ONCE * batch_size
+    for first in range(0, len(rows), at_once):
+        for completion in decoder.generate(rows[first : first + at_once], options):
+            yield str(tokenizer.decode(completion.tokens, skip_special_tokens=True)).strip()
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from fastpeft.data import PreferenceCollator, PromptDataset, build_prompt_dataset, stop_token_ids
 from fastpeft.errors import UserError
 from fastpeft.methods import LoraConfig, PeftModel, get_peft_model
+from fastpeft.models.decode import DecodeOptions
 from fastpeft.trainers.base import BaseTrainer
 from fastpeft.trainers.forward import disable_dropout
 from fastpeft.trainers.losses import (
@@ -41,7 +42,7 @@ from fastpeft.trainers.ppo_log import CompletionLog
 from fastpeft.trainers.ppo_rewards import RewardFunction, call_reward_function, check_scores
 from fastpeft.trainers.ppo_roles import Roles
 from fastpeft.trainers.rollout import Rollout
-from fastpeft.trainers.sampling import Sampler, SamplingOptions, TransformersSampler, context_limit
+from fastpeft.trainers.sampling import EngineSampler, Sampler, context_limit
 from fastpeft.trainers.state import capture_rng, load_state, restore_rng, save_state
 
 _KL_ERROR = 0.2  # bound of the relative error that the adaptive controller answers to
@@ -69,7 +70,7 @@ class PPOTrainer(BaseTrainer):
         ref_model: the reference; None takes the model itself without its adapter, or with ``args.ref_adapter_name``.
         value_model: a model with a score layer, which is trained; None takes an adapter beside the policy's, or, for a
             policy without adapter, a layer on the policy's own hidden states.
-        sampler: draws completions; None takes the model's own ``generate``.
+        sampler: draws completions; None takes the decoding engine.
         callbacks: further transformers callbacks.
         optimizers: as in transformers; the optimizer has to know the value head's parameters too.
         peft_config: an adapter to make for the policy.
@@ -126,9 +127,9 @@ class PPOTrainer(BaseTrainer):
         tokenizer = self._tokenizer()
         stops = tuple(stop_token_ids(tokenizer))
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
-        self._sampling = SamplingOptions(args.response_length, args.temperature, stops, pad)
+        self._sampling = DecodeOptions(args.response_length, args.temperature, stop_ids=stops)
         self._check_context(model)
-        self._sampler = sampler or TransformersSampler(args.forward_batch_size)
+        self._sampler = sampler or EngineSampler(args.forward_batch_size)
         self._collate = PreferenceCollator(pad, "shared" if self.roles.shares_prompts else "padded")
         self.kl_coef = args.kl_coef
         self.episodes = 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpeft.data import PreferenceCollator
-from fastpeft.trainers.sampling import Sample
+from fastpeft.models.decode import Completion
 
 
 class Rollout:
@@ -32,7 +32,7 @@ class Rollout:
     def __init__(
         self,
         items: Sequence[Mapping[str, Any]],
-        samples: Sequence[Sample],
+        samples: Sequence[Completion],
         texts: Sequence[str],
         group: int,
         device: torch.device,

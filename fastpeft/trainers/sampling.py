@@ -1,67 +1,31 @@
-"""Sampling completions, behind an interface that another engine can fill.
-
-A sampler gets token rows and gives token rows; PPO does not care how. `TransformersSampler` is the one that works with
-every model that transformers can generate with.
-"""
+"""Sampling completions for PPO: the decoding engine, behind an interface that another sampler can fill."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
-from transformers import GenerationConfig
-from transformers.utils import logging as transformers_logging
+from torch import nn
 
+from fastpeft.models.decode import Completion, DecodeOptions, Decoder, make_decoder
 from fastpeft.trainers.forward import base_of
 
-
-@dataclass(frozen=True)
-class Sample:
-    """A sampled completion.
-
-    Attributes:
-        tokens: its tokens, the stop token included where there is one.
-        finished: whether it ends with a stop token.
-        logprobs: of the tokens when they were drawn, if the sampler gives them.
-    """
-
-    tokens: list[int]
-    finished: bool
-    logprobs: list[float] | None = None
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How to sample.
-
-    Attributes:
-        max_new_tokens: tokens a completion may have.
-        temperature: divides the logits; 0 takes the likeliest token.
-        stop_ids: tokens that end a completion.
-        pad_token_id: token that fills rows.
-    """
-
-    max_new_tokens: int
-    temperature: float
-    stop_ids: tuple[int, ...]
-    pad_token_id: int
+_KEPT_SHARE = 0.05  # of a device's memory that a cache may keep while the policy is trained
 
 
 class Sampler(Protocol):
     """Draws completions with torch's generator, so that equal states give equal completions."""
 
-    def __call__(self, model: nn.Module, prompts: Sequence[Sequence[int]], options: SamplingOptions) -> list[Sample]:
+    def __call__(self, model: nn.Module, prompts: Sequence[Sequence[int]], options: DecodeOptions) -> list[Completion]:
         """Sample one completion for each prompt, with the adapters of ``model`` that are active."""
         ...
 
 
-class TransformersSampler:
-    """Sample with the model's own ``generate``.
+class EngineSampler:
+    """Sample with the decoding engine, or transformers' ``generate`` where the engine cannot take the model.
+
+    The engine's cache and captured steps are kept between calls unless the cache is large: training needs the memory.
 
     Args:
         batch_size: prompts at a time.
@@ -69,70 +33,20 @@ class TransformersSampler:
 
     def __init__(self, batch_size: int = 64) -> None:
         self._batch_size = batch_size
+        self._decoder: Decoder | None = None
+        self._model: nn.Module | None = None
 
-    @torch.no_grad()
-    def __call__(self, model: nn.Module, prompts: Sequence[Sequence[int]], options: SamplingOptions) -> list[Sample]:
+    def __call__(self, model: nn.Module, prompts: Sequence[Sequence[int]], options: DecodeOptions) -> list[Completion]:
         """Sample; see `Sampler`."""
-        settings = generation_settings(options)
-        was_training = model.training
-        model.eval()
-        try:
-            samples: list[Sample] = []
-            for begin in range(0, len(prompts), self._batch_size):
-                batch = prompts[begin : begin + self._batch_size]
-                ids, mask = _pad_left(batch, options.pad_token_id)
-                device = next(model.parameters()).device
-                with _quiet():
-                    tokens = model.generate(  # type: ignore[operator]
-                        input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
-                    )
-                samples += [_sample(row, options.stop_ids) for row in tokens[:, ids.shape[1] :].tolist()]
-            return samples
-        finally:
-            model.train(was_training)
-
-
-def generation_settings(options: SamplingOptions) -> GenerationConfig:
-    """The options as transformers has them, everything stated, so that a model's own defaults change nothing."""
-    drawn: dict[str, Any] = {"do_sample": False}
-    if options.temperature > 0:
-        drawn = {"do_sample": True, "temperature": options.temperature, "top_k": 0, "top_p": 1.0}
-    return GenerationConfig(
-        max_new_tokens=options.max_new_tokens,
-        repetition_penalty=1.0,
-        eos_token_id=list(options.stop_ids),
-        pad_token_id=options.pad_token_id,
-        use_cache=True,
-        **drawn,
-    )
-
-
-def _pad_left(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad_token_id, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        ids[index, width - len(row) :] = torch.tensor(row)
-        mask[index, width - len(row) :] = 1
-    return ids, mask
-
-
-def _sample(row: list[int], stop_ids: Sequence[int]) -> Sample:
-    end = next((index for index, token in enumerate(row) if token in stop_ids), None)
-    return Sample(row, False) if end is None else Sample(row[: end + 1], True)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from warning of settings that are stated on purpose."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
+        if self._decoder is None or self._model is not model:
+            self._decoder, self._model = make_decoder(model, self._batch_size), model
+        found = self._decoder.generate(prompts, options)
+        device = next(model.parameters()).device
+        if device.type == "cuda":
+            most = _KEPT_SHARE * torch.cuda.get_device_properties(device).total_memory
+            if self._decoder.kept_bytes > most:
+                self._decoder.release()
+        return found
 
 
 def context_limit(model: nn.Module) -> int | None:

@@ -41,11 +41,12 @@ def tokens_of(completions: Sequence[Completion]) -> list[list[int]]:
     return [completion.tokens for completion in completions]
 
 
+@pytest.mark.parametrize("max_batch", [1, 3])
 @pytest.mark.parametrize("family", EVERY_FAMILY)
-def test_greedy_tokens_are_transformers_own(family: str, device: str) -> None:
-    """Seven prompts through three rows, so that rows are taken over and close up; windows are shorter than prompts."""
+def test_greedy_tokens_are_transformers_own(family: str, max_batch: int, device: str) -> None:
+    """Seven prompts through few rows, so that rows are taken over and close up; windows are shorter than prompts."""
     model = tiny(family).to(device)
-    engine = DecodeEngine(model, max_batch=3)
+    engine = DecodeEngine(model, max_batch=max_batch)
     assert tokens_of(engine.generate(PROMPTS, DecodeOptions(max_new_tokens=12))) == own(model, PROMPTS, 12)
 
 
@@ -114,6 +115,7 @@ def test_log_probabilities_are_those_of_the_model(device: str) -> None:
     model = tiny("qwen3").to(device)
     for options in (DecodeOptions(10), DecodeOptions(10, temperature=1.7, top_k=20, top_p=0.9)):
         for prompt, completion in zip(PROMPTS, DecodeEngine(model).generate(PROMPTS, options), strict=True):
+            assert completion.logprobs is not None
             ids = torch.tensor([prompt + completion.tokens], device=device)
             logits = model.eval()(input_ids=ids).logits[0, len(prompt) - 1 : -1].double()
             exact = (logits / (options.temperature or 1.0)).log_softmax(-1)

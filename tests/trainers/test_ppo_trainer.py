@@ -17,9 +17,9 @@ from trainers.tiny import assert_equal_weights, tiny_llama, weights_of
 from fastpeft.errors import UserError
 from fastpeft.methods import get_peft_model
 from fastpeft.models import quantize
+from fastpeft.models.decode import Completion, DecodeOptions
 from fastpeft.trainers import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, attach_score
 from fastpeft.trainers.metrics import Meter
-from fastpeft.trainers.sampling import Sample, SamplingOptions
 
 
 def digits(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
@@ -45,9 +45,9 @@ class Scripted:
     def __init__(self, completions: list[list[int]]) -> None:
         self.completions = completions
 
-    def __call__(self, model: Any, prompts: Any, options: SamplingOptions) -> list[Sample]:
+    def __call__(self, model: Any, prompts: Any, options: DecodeOptions) -> list[Completion]:
         rows = [self.completions[i % len(self.completions)] for i in range(len(prompts))]
-        return [Sample(row, row[-1] in options.stop_ids) for row in rows]
+        return [Completion(row, None, row[-1] in options.stop_ids) for row in rows]
 
 
 # What the roles compute.

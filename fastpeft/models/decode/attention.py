@@ -114,24 +114,27 @@ def attention(
     if kwargs.get("s_aux") is not None:
         raise UserError("generate: this model's attention has sinks, which the decoding engine does not know")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    options = {"scale": scale, "softcap": softcap or 0.0, "window": sliding_window or 0}
+    cap, window = softcap or 0.0, sliding_window or 0
     layer: Any = module.layer_idx
-    if now.prompts is not None:
-        return _prompt_pass(now, now.prompts, layer, query, key, value, **options), None
-    pages = now.cache.layer(layer, key)
-    q, k, v = (x[:, :, 0] for x in (query, key, value))
-    return paged_attention(q, k, v, *pages, now.table, now.lengths, **options)[:, None], None
+    k_pages, v_pages = now.cache.layer(layer, key)
+    if now.prompts is None:
+        q, k, v = (x[:, :, 0] for x in (query, key, value))
+        out = paged_attention(
+            q, k, v, k_pages, v_pages, now.table, now.lengths, scale=scale, softcap=cap, window=window
+        )
+        return out[:, None], None
+    k_pages[now.prompts.pages, :, now.prompts.offsets] = key[0].transpose(0, 1)
+    v_pages[now.prompts.pages, :, now.prompts.offsets] = value[0].transpose(0, 1)
+    return _attend_in_prompts(now.prompts, query[0], key[0], value[0], scale, cap, window)[None], None
 
 
-def _prompt_pass(
-    now: Pass, prompts: Prompts, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, window: int
+def _attend_in_prompts(
+    prompts: Prompts, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, window: int
 ) -> Tensor:
-    k_pages, v_pages = now.cache.layer(layer, k)
-    k_pages[prompts.pages, :, prompts.offsets] = k[0].transpose(0, 1)
-    v_pages[prompts.pages, :, prompts.offsets] = v[0].transpose(0, 1)
-    side_by_side = [x[0][:, prompts.padded].unflatten(1, (prompts.count, -1)).transpose(0, 1) for x in (q, k, v)]
-    out = _causal(*side_by_side, scale, softcap, window if window < prompts.longest else 0)
-    return out.transpose(1, 2).flatten(0, 1)[prompts.real][None]
+    """Attention of packed prompts, ``(heads, t, d)`` each, to ``(t, heads, d)``."""
+    q, k, v = (x[:, prompts.padded].unflatten(1, (prompts.count, -1)).transpose(0, 1) for x in (q, k, v))
+    out = _causal(q, k, v, scale, softcap, window if window < prompts.longest else 0)
+    return out.transpose(1, 2).flatten(0, 1)[prompts.real]
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, window: int) -> Tensor:

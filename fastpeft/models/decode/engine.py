@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,10 @@ from fastpeft.ops import sample_
 _PROMPT_TOKENS = 8192  # of one prompt pass
 _PROBE = (5, 3)  # lengths of the prompts that are compared
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+
+
+class CannotDecode(UserError):
+    """The engine cannot take a model; transformers' ``generate`` can."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class DecodeEngine:
         max_batch: rows at a time.
         use_graphs: capture steps into CUDA graphs; None does so on a GPU.
     Raises:
-        UserError: the engine computes something else than the model, and the message says by how much; transformers'
+        CannotDecode: the engine computes something else than the model, and the message says by how much; transformers'
             ``generate`` works on it then.
     """
 
@@ -72,15 +76,16 @@ class DecodeEngine:
         if max_batch < 1:
             raise UserError(f"generate: max_batch is {max_batch}; it must be at least 1")
         self._model = model
-        get_base = getattr(model, "get_base_model", None)
-        self._base: Any = get_base() if callable(get_base) else model
+        get_base: Any = getattr(model, "get_base_model", None)
+        self._base = cast(Any, get_base() if callable(get_base) else model)
         parameters = inspect.signature(self._base.forward).parameters
         if not {"input_ids", "position_ids", "logits_to_keep"} <= set(parameters):
-            raise UserError(
+            raise CannotDecode(
                 f"generate: {type(self._base).__name__} takes no input_ids, position_ids and logits_to_keep, as the "
                 "decoding engine gives them; use transformers' generate"
             )
-        self._device = self._base.get_input_embeddings().weight.device
+        self._embeddings: Any = self._base.get_input_embeddings()
+        self._device = self._embeddings.weight.device
         self._max_batch = max_batch
         self._use_graphs = self._device.type == "cuda" if use_graphs is None else use_graphs
         self._cache = PagedCache(0, self._device)
@@ -130,6 +135,11 @@ class DecodeEngine:
                 active = self._rows.active
                 if active:  # the caller has left, or something failed
                     self._rows.end(active, self._cache)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of the cache, which is kept for the next call."""
+        return self._cache.nbytes
 
     def release(self) -> None:
         """Give the cache and captured steps back; the next call makes them anew."""
@@ -277,7 +287,7 @@ class DecodeEngine:
         positions = torch.cat([torch.arange(length) for length in lengths]).to(self._device)
         given: dict[str, Any] = {"input_ids": ids[None]}
         if virtual is not None:
-            texts = self._base.get_input_embeddings()(ids).split([len(prompt) for prompt in prompts])
+            texts = self._embeddings(ids).split([len(prompt) for prompt in prompts])
             parts = [part for both in zip(virtual.to(texts[0].dtype), texts, strict=True) for part in both]
             given = {"inputs_embeds": torch.cat(parts)[None]}
         last = torch.tensor(lengths).cumsum(0).to(self._device) - 1
@@ -304,8 +314,8 @@ class DecodeEngine:
     @torch.no_grad()
     def _confirm(self) -> None:
         """Compare a prompt pass and a step with the model's own forward, for prompts of different lengths."""
-        vocabulary = self._base.get_input_embeddings().weight.shape[0]
-        texts = [[(7 * i + 3 * n) % vocabulary for i in range(n + 1)] for n in _PROBE]
+        vocabulary = self._embeddings.weight.shape[0]
+        texts = [[(7 * i + 3 * n) % vocabulary for i in range(n + 1)] for n in _PROBE[: self._max_batch]]
         requests = [Request(i, text[:-1], DecodeOptions(1), 0, 0) for i, text in enumerate(texts)]
         virtual = self._virtual_tokens(1)
         requests = [replace(request, virtual=0 if virtual is None else virtual.shape[1]) for request in requests]
@@ -330,7 +340,7 @@ class DecodeEngine:
         difference = float((ours.float() - own.float()).norm() / own.float().norm().clamp_min(1e-30))
         allowed = _TOLERANCE[own.dtype]
         if not difference <= allowed and bool(own.isfinite().all()):
-            raise UserError(
+            raise CannotDecode(
                 f"generate: the decoding engine's logits differ from those of {type(self._base).__name__} by "
                 f"{difference:.2g} of their norm; at most {allowed:g} is rounding. Use transformers' generate"
             )

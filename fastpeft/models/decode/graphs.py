@@ -37,7 +37,7 @@ class Steps:
 
     def __init__(self, step: _Step, most: int, use_graphs: bool) -> None:
         self._step = step
-        self._sizes = [size for size in (2**i for i in range(20)) if size < most] + [most]
+        self._sizes: list[int] = [*(size for size in map(_power, range(20)) if size < most), most]
         self._use_graphs = use_graphs
         self._graphs: dict[int, Any] = {}
         self._pool: Any = None
@@ -88,6 +88,10 @@ class Steps:
             self._step(size, rows, stop_ids)
         rows.state.lengths.copy_(lengths)
         return graph
+
+
+def _power(exponent: int) -> int:
+    return int(2**exponent)
 
 
 def fingerprint(model: nn.Module) -> int:

@@ -58,10 +58,10 @@ class Completion:
     Attributes:
         tokens: the stop token included, where there is one.
         logprobs: of each token under ``softmax(logits / temperature)`` (of the logits, where temperature is 0), before
-            penalty and cuts.
+            penalty and cuts; None where transformers' ``generate`` drew them.
         finished: whether it ends with a stop token.
     """
 
     tokens: list[int]
-    logprobs: list[float]
+    logprobs: list[float] | None
     finished: bool

@@ -103,8 +103,7 @@ class Rows:
             state.seen = torch.zeros(len(requests), self.vocabulary, dtype=torch.bool)
             for seen, request in zip(state.seen, requests, strict=True):
                 seen[torch.tensor(request.prompt)] = True
-        made = {each.name: getattr(state, each.name) for each in fields(state)}
-        return SamplingState(**{name: None if x is None else x.to(self.device) for name, x in made.items()})
+        return state.each(lambda x: x.to(self.device))
 
     def settle(self, rows: Sequence[int], state: SamplingState) -> None:
         """Take over the state of some rows."""
