@@ -46,7 +46,7 @@ class LoraMethod:
                 "is one; leave it out for torch.nn.Linear"
             )
         ranks = {name: config.rank_of(name) for name in plan.targets}
-        for group in _groups(plan) if config.shared_a else ():
+        for group in layers_of_one_input(plan) if config.shared_a else ():
             if len({ranks[name] for name in group}) > 1:
                 raise UserError(
                     f"shared_a: {', '.join(group)} have ranks {', '.join(str(ranks[name]) for name in group)}; layers "
@@ -58,7 +58,9 @@ class LoraMethod:
 
     def inject(self, host: nn.Module, model: nn.Module, plan: AdapterPlan, adapter_name: str, undo: ExitStack) -> None:
         """Put LoRA layers around the targets, or a further adapter into those that are there."""
-        shared = {name: group[0] for group in _groups(plan) for name in group} if plan.config.shared_a else {}
+        shared = (
+            {name: group[0] for group in layers_of_one_input(plan) for name in group} if plan.config.shared_a else {}
+        )
         for name in plan.targets:
             module = model.get_submodule(name)
             if _is_embedding(module):
@@ -117,7 +119,7 @@ class LoraMethod:
         module.add_adapter(adapter_name, rank, alpha, config.use_rslora, config.init_lora_weights)
 
 
-def _groups(plan: AdapterPlan) -> list[list[str]]:
+def layers_of_one_input(plan: AdapterPlan) -> list[list[str]]:
     """Targets that read the same input, in order, at least two each."""
     groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for name in plan.targets:
