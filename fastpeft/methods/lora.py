@@ -10,7 +10,7 @@ from torch import nn
 from fastpeft.errors import UserError
 from fastpeft.methods.lora_config import LoraConfig
 from fastpeft.methods.targets import AdapterPlan, is_adaptable, plan_targets, replace_module
-from fastpeft.nn import IA3Linear, LoRAEmbedding, LoRALinear
+from fastpeft.nn import IA3Linear, LoRAEmbedding, LoRALinear, NF4Linear
 from fastpeft.nn.base_weight import is_transposed
 
 # What PEFT adapts in a model family when target_modules is not given.
@@ -39,8 +39,12 @@ class LoraMethod:
         for name, module in modules.items():
             if _is_embedding(module):
                 _check_embedding(config, name)
-        transposed = {name: is_transposed(_innermost(module)) for name, module in modules.items()}
-        if config.fan_in_fan_out and not any(transposed.values()):
+        innermost = [_innermost(module) for module in modules.values()]
+        # A packed weight no longer says how its layer stored it.
+        transposed = any(map(is_transposed, innermost)) or (
+            config.fan_in_fan_out and any(isinstance(module, NF4Linear) for module in innermost)
+        )
+        if config.fan_in_fan_out and not transposed:
             raise UserError(
                 "fan_in_fan_out=True is for layers with transposed weights (GPT-2's Conv1D), and none of the targets "
                 "is one; leave it out for torch.nn.Linear"
@@ -52,9 +56,7 @@ class LoraMethod:
                     f"shared_a: {', '.join(group)} have ranks {', '.join(str(ranks[name]) for name in group)}; layers "
                     "that share an A need one rank, change rank_pattern"
                 )
-        return dataclasses.replace(
-            plan, config=dataclasses.replace(plan.config, fan_in_fan_out=any(transposed.values()))
-        )
+        return dataclasses.replace(plan, config=dataclasses.replace(plan.config, fan_in_fan_out=transposed))
 
     def inject(self, host: nn.Module, model: nn.Module, plan: AdapterPlan, adapter_name: str, undo: ExitStack) -> None:
         """Put LoRA layers around the targets, or a further adapter into those that are there."""
