@@ -1,5 +1,4 @@
-"""The command line: ``fastpeft sft | reward | dpo | ppo | generate | quantize | merge | export |
-estimate | plot | info``.
+"""The command line: ``fastpeft sft | reward | dpo | ppo | generate | quantize | merge | export | plot | info``.
 
 Commands import what they need when they run, so that ``fastpeft --help`` answers at once. A ``UserError`` becomes one
 message and exit code 2; anything else that goes wrong is a defect and keeps its traceback.
@@ -310,7 +309,7 @@ def estimate(
     params: Annotated[
         str | None, typer.Option(help="Instead of a model: its number of parameters, such as 65B.")
     ] = None,
-    method: Annotated[str, typer.Option(help="full, lora, qlora, ia3, prompt, p-tuning or adapters.")] = "qlora",
+    method: Annotated[str, typer.Option(help="full, lora, qlora, ia3, prompt_tuning, p_tuning or adapter.")] = "qlora",
     rank: Annotated[int, typer.Option(min=1, help="Of LoRA.")] = 16,
     batch: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 1,
     length: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 2048,

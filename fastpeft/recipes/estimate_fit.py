@@ -153,8 +153,8 @@ def method_table(shape: ModelShape, setting: Setting) -> dict[str, tuple[Setting
         "full": (FullConfig(), False),
         "lora": (lora, False),
         "qlora": (lora, True),
-        "p-tuning": (PromptEncoderConfig(num_virtual_tokens=20), False),
-        "adapters": (BottleneckAdapterConfig("houlsby"), False),
+        "p_tuning": (PromptEncoderConfig(num_virtual_tokens=20), False),
+        "adapter": (BottleneckAdapterConfig("houlsby"), False),
     }
     rows = {}
     for name, (method, quantize) in methods.items():

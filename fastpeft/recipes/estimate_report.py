@@ -27,7 +27,7 @@ from fastpeft.recipes.estimate_model import ModelShape, shape_of, shape_of_size
 from fastpeft.recipes.load import read_config, weights_dtype
 from fastpeft.recipes.schema import ModelConfig, RunConfig, load_config
 
-METHODS = ("full", "lora", "qlora", "ia3", "prompt", "p-tuning", "adapters")
+METHODS = ("full", "lora", "qlora", "ia3", "prompt_tuning", "p_tuning", "adapter")
 MODES: tuple[Mode, ...] = ("none", "selective", "full", "offload")
 _OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 _ROWS = {"reward": 2, "dpo": 2}  # of a pair
@@ -53,7 +53,8 @@ def setting_of(run: RunConfig) -> tuple[ModelShape, Setting]:
             "estimate the run"
         )
     config, args = _model_config(run.model), run.train.args
-    method: AdapterConfig = run.peft.lora if run.peft.lora is not None else FullConfig()
+    given = (value for value in vars(run.peft).values() if isinstance(value, AdapterConfig))
+    method = next(given, FullConfig())  # a section without a configuration trains all weights
     weights = _itemsize(weights_dtype(run.model, config, _GPU))
     fused = run.model.accelerates(_GPU)
     return shape_of(config, run.model.path), Setting(
@@ -146,9 +147,9 @@ def setting_of_options(
     chosen = {
         "full": FullConfig(),
         "ia3": IA3Config(),
-        "prompt": PromptTuningConfig(),
-        "p-tuning": PromptEncoderConfig(),
-        "adapters": BottleneckAdapterConfig("houlsby"),
+        "prompt_tuning": PromptTuningConfig(),
+        "p_tuning": PromptEncoderConfig(),
+        "adapter": BottleneckAdapterConfig("houlsby"),
     }.get(method, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
     mode: Any = checkpointing
     return shape, Setting(
@@ -228,13 +229,14 @@ def _parts(setting: Setting, found: Estimate) -> list[str]:
 
 def _methods(shape: ModelShape, setting: Setting, gpu_bytes: int | None) -> list[str]:
     lines = [
-        "method        trained   weights   adapter, gradients, optimizer      total" + ("  fits" if gpu_bytes else "")
+        "method            trained   weights   adapter, gradients, optimizer      total"
+        + ("  fits" if gpu_bytes else "")
     ]
     for name, (_, found) in method_table(shape, setting).items():
         state = found.adapters + found.gradients + found.optimizer
         fits = "" if gpu_bytes is None else "   yes" if found.total <= usable(gpu_bytes) else "    no"
         lines.append(
-            f"  {name:9} {found.trained.numbers / 1e6:8.2f}M {_gb(found.weights.total):>9} {_gb(state):>30} "
+            f"  {name:13} {found.trained.numbers / 1e6:8.2f}M {_gb(found.weights.total):>9} {_gb(state):>30} "
             f"{_gb(found.total):>10}{fits}"
         )
     return lines

@@ -224,7 +224,7 @@ def test_the_page_says_it_all() -> None:
     ):
         assert line in page
     assert [row.split()[0] for row in page.split("fits\n")[1].splitlines()[:5]] == [
-        *("full", "lora", "qlora", "p-tuning", "adapters")
+        *("full", "lora", "qlora", "p_tuning", "adapter")
     ]
 
 
