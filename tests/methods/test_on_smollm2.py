@@ -1,6 +1,6 @@
 """Every method on SmolLM2-135M, dense and NF4: it learns from real rows, resumes to the bit, is saved, loaded, merged.
 
-One test is one method on one base, some ten seconds of two cores each, so they run when FASTPEFT_LONG_TESTS is set.
+One test is one method on one base, 12 to 30 seconds of one core (LoftQ minutes), so they need FASTPEFT_LONG_TESTS=1.
 """
 
 from __future__ import annotations
