@@ -316,6 +316,43 @@ def plot(
 
 
 @app.command()
+def estimate(
+    config: Annotated[Path | None, typer.Argument(help="A run's YAML; its data is not opened.")] = None,
+    overrides: _Overrides = None,
+    model: Annotated[str | None, typer.Option(help="Instead of a YAML: folder, hub id or package:NAME.")] = None,
+    params: Annotated[
+        str | None, typer.Option(help="Instead of a model: its number of parameters, such as 65B.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="full, lora, qlora, ia3, prompt_tuning, p_tuning or adapter.")] = "qlora",
+    rank: Annotated[int, typer.Option(min=1, help="Of LoRA.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 1,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 2048,
+    checkpointing: Annotated[str, typer.Option(help="none, selective, full or offload.")] = "full",
+    optimizer: Annotated[str, typer.Option(help="adamw, adamw_8bit, paged_adamw or paged_adamw_8bit.")] = "adamw",
+    gpu_gb: Annotated[float | None, typer.Option(help="Memory of the GPU; by default of the one here.")] = None,
+    kind: Annotated[str, typer.Option(help="With a YAML: sft, reward or dpo.")] = "sft",
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Say how much memory a run will take, and whether it fits, before anything is loaded."""
+    from fastpeft.recipes import estimate_report as page
+
+    gpu_bytes = page.gpu_memory(gpu_gb)
+    if config is not None:
+        if model is not None or params is not None:
+            raise UserError("estimate: a YAML says which model; leave --model and --params out, or give no YAML")
+        shape, setting = page.read_run(config, overrides or (), kind)
+    else:
+        options: dict[str, Any] = {"rank": rank, "batch": batch, "length": length}
+        shape, setting = page.setting_of_options(
+            model, params, method, checkpointing=checkpointing, optimizer=optimizer, **options
+        )
+    if as_json:
+        print(page.as_json(shape, setting, gpu_bytes))
+        return
+    print(page.report(shape, setting, gpu_bytes, None if config is None else page.measured_peak(config)))
+
+
+@app.command()
 def info(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
     """Show versions, how the native core was built, the GPU found and which optional packages are there."""
     from fastpeft.recipes.info import described, environment

@@ -13,6 +13,7 @@ from fastpeft.methods.ia3 import IA3Config
 from fastpeft.methods.lora_config import LoraConfig
 from fastpeft.methods.lora_plus import lora_plus_groups
 from fastpeft.methods.model import PeftModel
+from fastpeft.methods.nemo import load_nemo_adapter
 from fastpeft.methods.prompts import PromptEncoderConfig, PromptTuningConfig
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "PromptEncoderConfig",
     "PromptTuningConfig",
     "get_peft_model",
+    "load_nemo_adapter",
     "lora_plus_groups",
 ]

@@ -1,6 +1,6 @@
-"""Weighted combinations of adapters: task arithmetic, TIES and DARE, on the factors or on the whole update.
+"""Weighted combinations of adapters: sums, pruning by magnitude, TIES and DARE, on the factors or on whole updates.
 
-Names and arithmetic are PEFT's, so that one call gives the same adapter in both libraries (DARE: up to its draws).
+Names and arithmetic are PEFT's, so that one call gives the same adapter in both libraries (DARE: on equal draws).
 
 Source: TIES, arXiv 2306.01708; DARE, arXiv 2311.03099.
 """
@@ -24,7 +24,7 @@ from fastpeft.methods.saving import adapted_modules
 from fastpeft.nn import IA3Linear, LoRAEmbedding, LoRALinear
 from fastpeft.nn.lora_init import begins_in_base
 
-_PRUNING = ("ties", "dare_linear", "dare_ties")
+_PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 KINDS = ("svd", "linear", "cat", *_PRUNING, *(f"{kind}_svd" for kind in _PRUNING))
 
 
@@ -156,6 +156,8 @@ def _combiner(options: Options) -> Callable[[Sequence[Tensor], Sequence[float]],
     kind, density = options.kind.removesuffix("_svd"), options.density or 0.0
     if kind == "dare_linear":
         return lambda tensors, weights: _sum([_drop(t, density) for t in tensors], weights)
+    if kind == "magnitude_prune":
+        return lambda tensors, weights: _sum([_keep_greatest(t, density) for t in tensors], weights)
     if kind in ("ties", "dare_ties"):
         prune = _keep_greatest if kind == "ties" else _drop
         return lambda tensors, weights: _elect([prune(t, density) for t in tensors], weights, options)

@@ -125,8 +125,8 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
     return AdapterFile(
         folder,
         config,
-        _read_tensors(weights),
-        _read_tensors(encoder) if config.PEFT_TYPE == PromptEncoderConfig.PEFT_TYPE and encoder.is_file() else {},
+        read_tensors(weights),
+        read_tensors(encoder) if config.PEFT_TYPE == PromptEncoderConfig.PEFT_TYPE and encoder.is_file() else {},
         holds_start="init_lora_weights" in _read_own(folder),
     )
 
@@ -136,7 +136,14 @@ def file_names(config: AdapterConfig) -> tuple[str, str]:
     return BOTTLENECK_NAMES if isinstance(config, BottleneckAdapterConfig) else (CONFIG_NAME, WEIGHTS_NAME)
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file of an adapter.
+
+    Args:
+        path: the file.
+    Raises:
+        UserError: it is damaged or empty, or a value is no finite floating-point number.
+    """
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError) as error:

@@ -10,7 +10,7 @@ from torch import nn
 from fastpeft.errors import UserError
 from fastpeft.methods.lora_config import LoraConfig
 from fastpeft.methods.targets import AdapterPlan, is_adaptable, plan_targets, replace_module
-from fastpeft.nn import IA3Linear, LoRAEmbedding, LoRALinear
+from fastpeft.nn import IA3Linear, LoRAEmbedding, LoRALinear, NF4Linear
 from fastpeft.nn.base_weight import is_transposed
 
 # What PEFT adapts in a model family when target_modules is not given.
@@ -39,26 +39,30 @@ class LoraMethod:
         for name, module in modules.items():
             if _is_embedding(module):
                 _check_embedding(config, name)
-        transposed = {name: is_transposed(_innermost(module)) for name, module in modules.items()}
-        if config.fan_in_fan_out and not any(transposed.values()):
+        innermost = [_innermost(module) for module in modules.values()]
+        # A packed weight no longer says how its layer stored it.
+        transposed = any(map(is_transposed, innermost)) or (
+            config.fan_in_fan_out and any(isinstance(module, NF4Linear) for module in innermost)
+        )
+        if config.fan_in_fan_out and not transposed:
             raise UserError(
                 "fan_in_fan_out=True is for layers with transposed weights (GPT-2's Conv1D), and none of the targets "
                 "is one; leave it out for torch.nn.Linear"
             )
         ranks = {name: config.rank_of(name) for name in plan.targets}
-        for group in _groups(plan) if config.shared_a else ():
+        for group in layers_of_one_input(plan) if config.shared_a else ():
             if len({ranks[name] for name in group}) > 1:
                 raise UserError(
                     f"shared_a: {', '.join(group)} have ranks {', '.join(str(ranks[name]) for name in group)}; layers "
                     "that share an A need one rank, change rank_pattern"
                 )
-        return dataclasses.replace(
-            plan, config=dataclasses.replace(plan.config, fan_in_fan_out=any(transposed.values()))
-        )
+        return dataclasses.replace(plan, config=dataclasses.replace(plan.config, fan_in_fan_out=transposed))
 
     def inject(self, host: nn.Module, model: nn.Module, plan: AdapterPlan, adapter_name: str, undo: ExitStack) -> None:
         """Put LoRA layers around the targets, or a further adapter into those that are there."""
-        shared = {name: group[0] for group in _groups(plan) for name in group} if plan.config.shared_a else {}
+        shared = (
+            {name: group[0] for group in layers_of_one_input(plan) for name in group} if plan.config.shared_a else {}
+        )
         for name in plan.targets:
             module = model.get_submodule(name)
             if _is_embedding(module):
@@ -117,7 +121,7 @@ class LoraMethod:
         module.add_adapter(adapter_name, rank, alpha, config.use_rslora, config.init_lora_weights)
 
 
-def _groups(plan: AdapterPlan) -> list[list[str]]:
+def layers_of_one_input(plan: AdapterPlan) -> list[list[str]]:
     """Targets that read the same input, in order, at least two each."""
     groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for name in plan.targets:

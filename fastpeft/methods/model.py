@@ -175,8 +175,8 @@ class PeftModel(AdapterHost):
             weights: a factor for each; negative ones subtract.
             adapter_name: a new name.
             combination_type: "svd" (the best approximation of the sum), "linear" (A and B each; all of one rank), "cat"
-                (the sum itself, of the sum of ranks), "ties", "dare_linear", "dare_ties" (A and B pruned), or one of
-                these with "_svd" (the whole updates pruned).
+                (the sum itself, of the sum of ranks), "magnitude_prune", "ties", "dare_linear", "dare_ties" (A and B
+                pruned), or one of these with "_svd" (the whole updates pruned).
             svd_rank: rank of an SVD's result; None for the greatest of the adapters'.
             density: share of values that pruning keeps.
             majority_sign_method: "total" or "frequency", how "ties" elects signs.

@@ -103,10 +103,16 @@ class Planner:
         if key not in self._plans:
             hidden_size = hidden_states.shape[-1]
             sizes = measure(layer, hidden_size, hidden_states.dtype.itemsize)
-            self._plans[key] = self._decide(sizes, hidden_states.numel() // hidden_size)
+            self._plans[key] = self.decide(sizes, hidden_states.numel() // hidden_size)
         return self._plans[key][index]
 
-    def _decide(self, sizes: LayerBytes, tokens: int) -> list[LayerPlan | None]:
+    def decide(self, sizes: LayerBytes, tokens: int) -> list[LayerPlan | None]:
+        """What each layer keeps for so many tokens.
+
+        Args:
+            sizes: of a layer.
+            tokens: of the input.
+        """
         if self.mode == "full":
             return [*[LayerPlan()] * self.count]
         if self.mode == "offload":

@@ -38,11 +38,18 @@ class LossOptions(NamedTuple):
 
 
 # --- chunks ---
-def _chunk_rows(tokens: int, row_bytes: int, device: torch.device, chunk_tokens: int) -> int:
-    """Tokens of a chunk: what the workspace holds, shared out evenly."""
+def chunk_rows(tokens: int, row_bytes: int, device_type: str, chunk_tokens: int = 0) -> int:
+    """Tokens of a chunk: what the workspace holds, shared out evenly.
+
+    Args:
+        tokens: of the call, at least one.
+        row_bytes: of one token's logits.
+        device_type: "cpu" or "cuda".
+        chunk_tokens: the most that was asked for; 0 leaves it open.
+    """
     if chunk_tokens:
         return min(chunk_tokens, tokens)
-    most = max(_ROW_STEP, _WORKSPACE_BYTES[device.type] // row_bytes // _ROW_STEP * _ROW_STEP)
+    most = max(_ROW_STEP, _WORKSPACE_BYTES[device_type] // row_bytes // _ROW_STEP * _ROW_STEP)
     even = -(-tokens // -(-tokens // most))
     return min(tokens, -(-even // _ROW_STEP) * _ROW_STEP)
 
@@ -75,7 +82,7 @@ class _Chunks:
         self._rows = 0
         if self.tokens:
             row_bytes = self._stride * hidden.dtype.itemsize
-            self._rows = _chunk_rows(self.tokens, row_bytes, hidden.device, options.chunk_tokens)
+            self._rows = chunk_rows(self.tokens, row_bytes, hidden.device.type, options.chunk_tokens)
 
     @property
     def count(self) -> int:

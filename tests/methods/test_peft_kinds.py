@@ -192,25 +192,38 @@ def adapters(build: Any, config: type, ranks: tuple[int, int] = (4, 4), **option
         ("ties", (4, 4), {"density": 0.5}),
         ("ties", (4, 4), {"density": 0.5, "majority_sign_method": "frequency"}),
         ("ties_svd", (4, 2), {"density": 0.3}),
+        ("magnitude_prune", (4, 4), {"density": 0.4}),
+        ("magnitude_prune_svd", (4, 2), {"density": 0.3}),
         ("dare_linear", (4, 4), {"density": 0.5}),
+        ("dare_ties", (4, 4), {"density": 0.6}),
+        ("dare_linear_svd", (4, 2), {"density": 0.5, "svd_rank": 3}),
         ("dare_ties_svd", (4, 2), {"density": 0.7}),
     ],
     ids=lambda value: str(value).replace("'", ""),
 )
-def test_weighted_combinations_are_pefts(kind: str, ranks: tuple[int, int], options: dict[str, Any]) -> None:
+def test_weighted_combinations_are_pefts(
+    kind: str, ranks: tuple[int, int], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DARE's draws meet the layers in another order in PEFT; here each shape and turn has draws of its own in both."""
+    turns: dict[tuple[int, ...], int] = {}
+
+    def bernoulli(shares: torch.Tensor) -> torch.Tensor:
+        turn = turns[tuple(shares.shape)] = turns.get(tuple(shares.shape), 0) + 1
+        generator = torch.Generator().manual_seed(turn % 2)  # of the two adapters, which take turns
+        return (torch.rand(shares.shape, generator=generator) < shares).to(shares.dtype)
+
+    monkeypatch.setattr(torch, "bernoulli", bernoulli)
     results = []
     for build, config in ((get_peft_model, LoraConfig), (peft.get_peft_model, peft.LoraConfig)):
         model = adapters(build, config, ranks)
-        torch.manual_seed(4)  # of DARE
+        turns.clear()
         add = model.add_weighted_adapter
         add(["one", "two"], [0.7, -0.4], "both", combination_type=kind, **options)
         model.set_adapter("both")
         results.append(logits(model, tokens()))
         assert model.peft_config["both"].r == (ranks[0] + ranks[1] if kind == "cat" else options.get("svd_rank", 4))
-    if kind.startswith("dare"):  # random draws meet the layers in another order
-        assert not torch.allclose(results[0], logits(tiny(), tokens()), atol=1e-3)
-    else:
-        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(results[0], logits(tiny(), tokens()), atol=1e-3)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 def test_a_mixed_batch_is_pefts() -> None:

@@ -214,12 +214,12 @@ ATTENTION_TOO, LEAST = LayerPlan(frozenset({"q_proj", "o_proj"})), LayerPlan(att
     ],
 )
 def test_a_budget_is_filled_and_never_exceeded(budget: int, plans: list[LayerPlan | None]) -> None:
-    found = Planner("selective", budget, 3)._decide(SIZES, tokens=1)
+    found = Planner("selective", budget, 3).decide(SIZES, tokens=1)
     assert found == plans
 
 
 def test_an_impossible_budget_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
-    Planner("selective", 3_000, 3)._decide(SIZES, tokens=1000)
+    Planner("selective", 3_000, 3).decide(SIZES, tokens=1000)
     assert "the inputs of 3 layers alone take 3e-05 GB" in caplog.text
 
 

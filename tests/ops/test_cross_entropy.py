@@ -151,7 +151,7 @@ def test_chunks(dtype: torch.dtype, reduction: str, chunk_tokens: int | None, de
 
 
 def test_default_chunks_are_bounded_and_even() -> None:
-    rows = lambda tokens, v: linear_loss._chunk_rows(tokens, 2 * v, torch.device("cuda"), 0)  # noqa: E731
+    rows = lambda tokens, v: linear_loss.chunk_rows(tokens, 2 * v, "cuda")  # noqa: E731
     assert rows(8192, 128_256) == 2048  # 525 MB
     assert rows(9000, 128_256) == 1920  # five chunks, the last of 1320
     assert rows(4096, 49_152) == 4096
