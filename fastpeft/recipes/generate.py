@@ -15,6 +15,7 @@ from fastpeft.data.records import read_prompt_rows, read_text_lines
 from fastpeft.errors import UserError
 from fastpeft.methods import PeftModel
 from fastpeft.recipes.load import load_model, quiet
+from fastpeft.recipes.paths import is_adapter_folder
 from fastpeft.recipes.run_folder import run_sources
 from fastpeft.recipes.schema import ModelConfig
 
@@ -48,7 +49,7 @@ def load_for_generation(
         model, found = run_sources(Path(run), "generate", tuned=adapter is None and not untuned)
         adapter = adapter or found
     assert model is not None
-    if adapter is not None and not untuned and not (Path(adapter) / "adapter_config.json").is_file():
+    if adapter is not None and not untuned and not is_adapter_folder(adapter):
         raise UserError(f"generate: {adapter} is not an adapter folder: there is no adapter_config.json in it")
     base, tokenizer = load_model(model, device)
     if adapter is None or untuned:

@@ -61,6 +61,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         )
     with _complaints_name(config, source, "its tokenizer"), quiet():
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **files)
+    if config.chat_template is not None:
+        tokenizer.chat_template = None if config.chat_template == "none" else config.chat_template
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise UserError(
