@@ -1,4 +1,4 @@
-"""The command line: ``fastpeft sft | reward | dpo | ppo | generate | quantize | merge | export | plot | info``.
+"""The command line: ``fastpeft sft | finetune | reward | dpo | ppo | generate | quantize | merge | export | ...``.
 
 Commands import what they need when they run, so that ``fastpeft --help`` answers at once. A ``UserError`` becomes one
 message and exit code 2; anything else that goes wrong is a defect and keeps its traceback.
@@ -7,6 +7,7 @@ message and exit code 2; anything else that goes wrong is a defect and keeps its
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -94,6 +95,23 @@ def sft(config: _Config, overrides: _Overrides = None) -> None:
     from fastpeft.recipes import load_config, run_sft
 
     run_sft(load_config(config, overrides or ()))
+
+
+@app.command()
+def finetune(
+    config: Annotated[Path, typer.Argument(help="YAML of NeMo 1's tuning or of NeMo-Aligner (SFT, RM, DPO, PPO).")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="NeMo's keys; +KEY=VALUE, ~KEY, fastpeft.SECTION.KEY=VALUE too."),
+    ] = None,
+) -> None:
+    """Run a tuning file of NeMo 1 or NeMo-Aligner."""
+    from fastpeft.recipes import load_nemo, run_config
+
+    nemo = load_nemo(config, overrides or ())
+    for note in nemo.notes if os.environ.get("RANK", "0") == "0" else ():
+        print(note, flush=True)
+    run_config(nemo.config)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from fastpeft.errors import UserError
 from fastpeft.methods import FullConfig, PeftModel, get_peft_model
 from fastpeft.recipes.job import Job, new_adapter, run_job
 from fastpeft.recipes.schema import RunConfig
+from fastpeft.recipes.sft import run_sft
 from fastpeft.trainers import (
     BaseTrainer,
     DPOConfig,
@@ -96,6 +97,19 @@ def run_ppo(config: RunConfig, say: Say = None) -> Path:
 
     trainer = functools.partial(PPOTrainer, reward_funcs=functions)
     return run_job(config, Job(build_prompt_dataset, trainer, adapt, _check_ppo), say)
+
+
+def run_config(config: RunConfig, say: Say = None) -> Path:
+    """Run whichever kind a configuration is of.
+
+    Args:
+        config: a checked configuration.
+        say: called with lines about what is going on.
+    Returns:
+        The run folder.
+    """
+    run = {"sft": run_sft, "reward": run_reward, "dpo": run_dpo, "ppo": run_ppo}[config.kind]
+    return run(config, say)
 
 
 def load_function(config: RunConfig) -> Callable[..., Any]:
