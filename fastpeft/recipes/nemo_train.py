@@ -32,7 +32,7 @@ _SCHED = "model.optim.sched"
 _EXP = "exp_manager"
 _CALLBACK = f"{_EXP}.checkpoint_callback_params"
 _EVERY = "trainer.val_check_interval"
-_PRECISIONS = {
+PRECISIONS = {
     **dict.fromkeys(("bf16", "bf16-mixed"), "bf16"),
     "bf16-true": "bf16-true",
     **dict.fromkeys(("16", "16-mixed", "fp16", "16-true"), "fp16"),
@@ -87,25 +87,37 @@ def _translate_devices(nemo: NemoSettings) -> None:
 def _translate_precision(nemo: NemoSettings) -> None:
     name = "trainer.precision"
     given = str(nemo.get(name, "32"))
-    if given not in _PRECISIONS:
-        raise nemo.refusal(name, f"it takes {', '.join(_PRECISIONS)}{did_you_mean(given, _PRECISIONS)}")
-    precision = _PRECISIONS[given]
-    trains_weights = nemo.value("peft.method") in ("none", "full")
-    dtype = {"bf16": "bfloat16", "bf16-true": "bfloat16", "fp16": "float16", "fp32": "float32"}[precision]
+    if given not in PRECISIONS:
+        raise nemo.refusal(name, f"it takes {', '.join(PRECISIONS)}{did_you_mean(given, PRECISIONS)}")
+    values, said = precision_settings(given, trains_weights=nemo.value("peft.method") in ("none", "full"))
+    for key, value in values.items():
+        nemo.put(key, value, name)
+    if "peft.master_dtype" in values and nemo.value("peft.method") == "none":
+        nemo.put("peft.method", "full", "model.peft.peft_scheme")
+    if said:
+        nemo.note(name, said)
+
+
+def precision_settings(given: str, *, trains_weights: bool) -> tuple[dict[str, Any], str]:
+    """Settings of a run for Lightning's name of a precision.
+
+    Args:
+        given: one of `PRECISIONS`.
+        trains_weights: the model's own weights train, and not an adapter, which is fp32 anyway.
+    Returns:
+        The settings, and what there is to say about them, or nothing.
+    """
+    precision = PRECISIONS[given]
     if precision == "fp16":
-        nemo.put("train.fp16", True, name)
-        dtype = "float32" if trains_weights else dtype
+        return {"train.fp16": True, "model.dtype": "float32" if trains_weights else "float16"}, ""
+    if precision == "fp32":
+        return {"model.dtype": "float32"}, ""
+    if not computes_in_bfloat16(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
+        said = "this CPU has no products of bfloat16, which would take many times as long; float32 it is"
+        return {"model.dtype": "float32"}, said
     if precision == "bf16" and trains_weights:  # NeMo keeps fp32 masters of what trains, and so do we
-        nemo.put("train.bf16", True, name)
-        if nemo.value("peft.method") == "none":
-            nemo.put("peft.method", "full", "model.peft.peft_scheme")
-        nemo.put("peft.master_dtype", "float32", name)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if precision == "bf16" and not computes_in_bfloat16(device):
-        nemo.note(name, "this CPU has no products of bfloat16, which would take many times as long; float32 it is")
-        dtype = "float32"
-        nemo.put("train.bf16", False, name)
-    nemo.put("model.dtype", dtype, name)
+        return {"model.dtype": "bfloat16", "train.bf16": True, "peft.master_dtype": "float32"}, ""
+    return {"model.dtype": "bfloat16"}, ""
 
 
 def _translate_optimizer(nemo: NemoSettings) -> None:
@@ -194,19 +206,31 @@ def _translate_schedule(nemo: NemoSettings, steps: int | None) -> None:
 def _with_constant_end(
     nemo: NemoSettings, steps: int | None, warmup: Any, constant: int, min_lr: float, rate: Any
 ) -> tuple[str, dict[str, Any]]:
-    """A cosine that has come down ``constant`` steps before the end of the run."""
     name = f"{_SCHED}.constant_steps"
     if steps is None:
         raise nemo.refusal(name, "how many steps the run has is not known; give trainer.max_steps")
-    decay = steps - constant - int(warmup)
-    if decay <= 0:
+    if steps - constant - int(warmup) <= 0:
         nemo.note(
             name,
             f"the run has {steps} steps, so that nothing is left for the cosine: after the warm-up the rate stands at "
             f"min_lr {min_lr}, as in NeMo",
         )
-    ratio = min_lr / rate if rate else 0.0
-    return "warmup_stable_decay", {"num_decay_steps": max(0, decay), "num_stable_steps": 0, "min_lr_ratio": ratio}
+    return cosine_with_constant_end(steps, int(warmup), constant, min_lr / rate if rate else 0.0)
+
+
+def cosine_with_constant_end(steps: int, warmup: int, constant: int, ratio: float) -> tuple[str, dict[str, Any]]:
+    """NeMo's CosineAnnealing with constant_steps, in transformers' names.
+
+    Args:
+        steps: of the run.
+        warmup: steps of the warm-up.
+        constant: last steps, at the lowest rate.
+        ratio: of the lowest rate to the highest.
+    Returns:
+        The schedule and its options.
+    """
+    decay = max(0, steps - constant - warmup)
+    return "warmup_stable_decay", {"num_decay_steps": decay, "num_stable_steps": 0, "min_lr_ratio": ratio}
 
 
 def _translate_folder(nemo: NemoSettings) -> None:

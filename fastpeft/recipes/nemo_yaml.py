@@ -97,16 +97,12 @@ def _translate_model(nemo: NemoSettings) -> None:
         raise UserError(f"{nemo.where(_PATH)}: {nemo.spelt(_PATH)} is missing; give it a model folder or hub id")
     if not isinstance(path, str):
         raise nemo.refusal(_PATH, "it takes a model folder or hub id")
-    if path.endswith(".nemo") or (Path(path).expanduser() / "model_weights").is_dir():
-        raise nemo.refusal(
-            _PATH,
-            "a .nemo archive is of another layout (and may be a pickle); give the folder of the same model in the "
-            "Hugging Face layout, or convert it with NeMo's scripts/checkpoint_converters (convert_*_nemo_to_hf.py)",
-        )
-    if path.endswith(".gguf"):
-        path, _, file = path.rpartition("/")
-        nemo.put("model.gguf_file", file, _PATH)
-    nemo.put("model.path", path or ".", _PATH)
+    try:
+        settings = model_settings(path)
+    except UserError as error:
+        raise nemo.refusal(_PATH, str(error)) from None
+    for name, value in settings.items():
+        nemo.put(f"model.{name}", value, _PATH)
     key = "model.activations_checkpoint_granularity"
     if nemo.has(key):
         mode = nemo.choice(key, ("full", "selective"), "full")
@@ -114,6 +110,25 @@ def _translate_model(nemo: NemoSettings) -> None:
             nemo.put("train.gradient_checkpointing", True, key)
         else:
             nemo.put("model.checkpointing", mode, key)
+
+
+def model_settings(path: str) -> dict[str, str]:
+    """Keys of the section ``model`` for where NeMo's users name a model: a folder, a hub id, or a GGUF file.
+
+    Args:
+        path: where.
+    Raises:
+        UserError: it is NeMo's own archive.
+    """
+    if path.endswith(".nemo") or (Path(path).expanduser() / "model_weights").is_dir():
+        raise UserError(
+            "a .nemo archive is of another layout (and may be a pickle); give the folder of the same model in the "
+            "Hugging Face layout, or convert it with NeMo's scripts/checkpoint_converters (convert_*_nemo_to_hf.py)"
+        )
+    if path.endswith(".gguf"):
+        folder, _, file = path.rpartition("/")
+        return {"path": folder or ".", "gguf_file": file}
+    return {"path": path}
 
 
 def _remove(values: dict[str, Any], dotted: str) -> None:
