@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastpeft.recipes.config_files import json_schema, starting_file
     from fastpeft.recipes.export import Export, base_of_adapter, run_export
     from fastpeft.recipes.generate import converse, generate_answers, load_for_generation, read_prompts
     from fastpeft.recipes.info import environment
@@ -41,6 +42,7 @@ __all__ = [
     "converse",
     "environment",
     "generate_answers",
+    "json_schema",
     "load_config",
     "load_for_generation",
     "load_model",
@@ -56,6 +58,7 @@ __all__ = [
     "run_reward",
     "run_sft",
     "run_sources",
+    "starting_file",
 ]
 
 _FILES = {
@@ -65,6 +68,7 @@ _FILES = {
     "converse": "generate",
     "environment": "info",
     "generate_answers": "generate",
+    "json_schema": "config_files",
     "load_for_generation": "generate",
     "load_model": "load",
     "load_nemo": "nemo_yaml",
@@ -78,6 +82,7 @@ _FILES = {
     "run_reward": "preferences",
     "run_sft": "sft",
     "run_sources": "run_folder",
+    "starting_file": "config_files",
 }
 
 
