@@ -80,6 +80,9 @@ def _translate_length(nemo: NemoSettings) -> None:
     name = nemo.first(f"{_TRAIN}.max_seq_length", "model.encoder_seq_length", "model.data.seq_length")
     if name is None:
         return
+    if nemo.refers_to_nothing(name):
+        nemo.note(name, "its reference is to the base model's configuration in NeMo; here it is 1024, or say it")
+        return
     length = nemo.whole(name)
     assert length is not None
     if nemo.kind == "ppo":  # the limit of a prompt; the sequence holds the answer too

