@@ -35,7 +35,7 @@ from fastpeft.models import dequantize, quantize
 from fastpeft.models.choose import choose_layers
 from fastpeft.models.pretrained import stored_quantization
 from fastpeft.ops import nf4_dequantize, nf4_quantize
-from fastpeft.recipes.load import model_skeleton, quiet, read_config, read_weights, weights_dtype
+from fastpeft.recipes.load import load_tokenizer, model_skeleton, quiet, read_config, read_weights, weights_dtype
 from fastpeft.recipes.paths import ADAPTER_CONFIGS
 from fastpeft.recipes.schema import ModelConfig
 from fastpeft.recipes.source import find_source
@@ -197,6 +197,9 @@ def _export_adapter(export: Export, dry_run: bool) -> Iterator[str]:
 
 def _put_tokenizer(export: Export, partial: Path) -> None:
     """The tokenizer that the adapter was trained with, else the base's; files are copied as they are."""
+    if export.base.chat_template is not None:  # the model has learnt another layout than its base's files say
+        load_tokenizer(export.base).save_pretrained(partial)
+        return
     source, files = find_source(export.base)
     folders = [export.adapter] if export.adapter is not None else []
     folders += [Path(source)] if export.base.gguf_file is None and Path(source).is_dir() else []

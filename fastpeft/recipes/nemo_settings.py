@@ -205,8 +205,8 @@ class NemoSettings:
             )
         if isinstance(ppo := trainer.get("ppo"), dict) and "port" in ppo:
             raise UserError(
-                f"{self._settings.origin('trainer', 'ppo', 'port')}: this is NeMo-Aligner's file of the critic; policy, "
-                "value and reward are one run here: use the actor's file"
+                f"{self._settings.origin('trainer', 'ppo', 'port')}: this is NeMo-Aligner's critic; policy, value "
+                "and reward are one run here: use the actor's file"
             )
         if len(named) > 1:
             raise UserError(

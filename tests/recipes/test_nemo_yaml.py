@@ -355,7 +355,7 @@ def test_the_shorter_of_steps_and_epochs_ends_the_run(nemo: Path) -> None:
         ),
         (
             ["trainer.ppo={port: 5556}"],
-            "this is NeMo-Aligner's file of the critic; policy, value and reward",
+            "this is NeMo-Aligner's critic; policy, value and",
         ),
         (["model.sead=1"], "unknown key 'model.sead'; did you mean 'seed'?"),
         (["model.zzz.q=1"], "unknown key 'model.zzz.q'; leave it out (on the command line: ~model.zzz.q)"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from fastpeft.cli import main
 from fastpeft.errors import UserError
@@ -110,6 +111,9 @@ def test_a_template_of_the_settings_is_that_of_generation(job: Path) -> None:
     run_sft(load_config("job.yaml", ["model.chat_template=none", "train.max_steps=1"]))
     _, tokenizer = load_for_generation(job / "out")
     assert tokenizer.chat_template is None
+    assert run("export", "out", "merged") == 0
+    exported = AutoTokenizer.from_pretrained(job / "merged")
+    assert exported.chat_template is None, "another program would ask the model in a layout that it was not taught"
 
 
 @pytest.mark.parametrize(
