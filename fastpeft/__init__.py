@@ -43,7 +43,7 @@ _EXPORTS = {
     "restore": "fastpeft.models",
     "use_in_peft": "fastpeft.models",
 }
-_ROOMS = ("data", "errors", "methods", "models", "nn", "ops", "optim", "recipes", "trainers")
+_ROOMS = ("data", "errors", "methods", "models", "nemo", "nn", "ops", "optim", "recipes", "trainers")
 
 __all__ = ["__version__", *sorted(_EXPORTS), *_ROOMS]  # noqa: PLE0604 (names are built from the tables above)
 

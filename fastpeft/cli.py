@@ -1,4 +1,4 @@
-"""The command line: ``fastpeft sft | reward | dpo | ppo | generate | quantize | merge | export | plot | info``.
+"""The command line: ``fastpeft sft | finetune | reward | dpo | ppo | generate | quantize | merge | export | ...``.
 
 Commands import what they need when they run, so that ``fastpeft --help`` answers at once. A ``UserError`` becomes one
 message and exit code 2; anything else that goes wrong is a defect and keeps its traceback.
@@ -7,6 +7,7 @@ message and exit code 2; anything else that goes wrong is a defect and keeps its
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -82,6 +83,9 @@ def _common(
 
 
 _Config = Annotated[Path, typer.Argument(help="YAML with the sections model, peft, data and train.")]
+_Resolved = Annotated[
+    bool, typer.Option("--dry-run", help="Check, print the settings with defaults and paths filled in, and stop.")
+]
 _Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that take the place of the file's."),
@@ -89,35 +93,93 @@ _Overrides = Annotated[
 
 
 @app.command()
-def sft(config: _Config, overrides: _Overrides = None) -> None:
+def sft(config: _Config, overrides: _Overrides = None, dry_run: _Resolved = False) -> None:
     """Fine-tune a model on a JSONL file of answered prompts."""
-    from fastpeft.recipes import load_config, run_sft
-
-    run_sft(load_config(config, overrides or ()))
+    _run("sft", config, overrides, dry_run)
 
 
 @app.command()
-def reward(config: _Config, overrides: _Overrides = None) -> None:
+def finetune(
+    config: Annotated[Path, typer.Argument(help="YAML of NeMo 1's tuning or of NeMo-Aligner (SFT, RM, DPO, PPO).")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="NeMo's keys; +KEY=VALUE, ~KEY, fastpeft.SECTION.KEY=VALUE too."),
+    ] = None,
+    dry_run: _Resolved = False,
+) -> None:
+    """Run a tuning file of NeMo 1 or NeMo-Aligner."""
+    from fastpeft.recipes import load_nemo, run_config
+
+    nemo = load_nemo(config, overrides or ())
+    for note in nemo.notes if os.environ.get("RANK", "0") == "0" else ():
+        print(f"# {note}" if dry_run else note, flush=True)
+    if dry_run:
+        print(nemo.config.to_yaml(), end="")
+    else:
+        run_config(nemo.config)
+
+
+@app.command()
+def reward(config: _Config, overrides: _Overrides = None, dry_run: _Resolved = False) -> None:
     """Train a reward model on a JSONL file of preferences or rankings."""
-    from fastpeft.recipes import load_config, run_reward
-
-    run_reward(load_config(config, overrides or (), kind="reward"))
+    _run("reward", config, overrides, dry_run)
 
 
 @app.command()
-def dpo(config: _Config, overrides: _Overrides = None) -> None:
+def dpo(config: _Config, overrides: _Overrides = None, dry_run: _Resolved = False) -> None:
     """Train a policy on a JSONL file of preferences or rankings."""
-    from fastpeft.recipes import load_config, run_dpo
-
-    run_dpo(load_config(config, overrides or (), kind="dpo"))
+    _run("dpo", config, overrides, dry_run)
 
 
 @app.command()
-def ppo(config: _Config, overrides: _Overrides = None) -> None:
+def ppo(config: _Config, overrides: _Overrides = None, dry_run: _Resolved = False) -> None:
     """Train a policy on prompts, by the scores of a reward adapter or function (section reward)."""
-    from fastpeft.recipes import load_config, run_ppo
+    _run("ppo", config, overrides, dry_run)
 
-    run_ppo(load_config(config, overrides or (), kind="ppo"))
+
+def _run(kind: str, config: Path, overrides: list[str] | None, dry_run: bool) -> None:
+    from fastpeft.recipes import load_config, run_config
+
+    checked = load_config(config, overrides or (), kind=kind)
+    if dry_run:
+        print(checked.to_yaml(), end="")
+    else:
+        run_config(checked)
+
+
+config_app = typer.Typer(help="Files for runs: a JSON schema of them, and commented ones to begin with.")
+app.add_typer(config_app, name="config", no_args_is_help=True)
+_Kind = Annotated[str, typer.Option(help="sft, reward, dpo or ppo.")]
+
+
+@config_app.command("schema")
+def config_schema(kind: _Kind = "sft") -> None:
+    """Print the JSON schema of a kind of run; editors complete keys from it."""
+    from fastpeft.recipes import json_schema
+
+    print(json.dumps(json_schema(kind), indent=2))
+
+
+@config_app.command("init")
+def config_init(
+    what: Annotated[str, typer.Argument(help="A method (lora, qlora, ia3, ...) or reward, dpo, ppo.")],
+    out: Annotated[Path | None, typer.Argument(help="The file to write; without it, it is printed.")] = None,
+) -> None:
+    """Write a commented file to begin with; an existing file is left as it is."""
+    from fastpeft.recipes import starting_file
+
+    text = starting_file(what)
+    if out is None:
+        print(text, end="")
+        return
+    try:
+        with out.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UserError(f"config init: {out} is there already; name another file, or move it away") from None
+    except OSError as error:
+        raise UserError(f"config init: {out} cannot be written: {error.strerror}") from error
+    print(f"written: {out}")
 
 
 @app.command()

@@ -15,7 +15,7 @@ import fastpeft
 PACKAGE = Path(__file__).parents[1] / "fastpeft"
 # A room may import rooms of a smaller floor, and itself.
 FLOORS = {"errors": 0, "ops": 1, "nn": 2, "optim": 2, "methods": 3, "models": 3, "data": 4, "trainers": 5, "recipes": 6}
-FLOORS |= {"cli": 7, "__main__": 8, "__init__": 9}
+FLOORS |= {"nemo": 7, "cli": 7, "__main__": 8, "__init__": 9}
 LAZY_NAMES = set(fastpeft.__all__) - set(FLOORS) - {"__version__"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -10,12 +10,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastpeft.recipes.config_files import json_schema, starting_file
     from fastpeft.recipes.export import Export, base_of_adapter, run_export
     from fastpeft.recipes.generate import converse, generate_answers, load_for_generation, read_prompts
     from fastpeft.recipes.info import environment
     from fastpeft.recipes.load import load_model, load_tokenizer
+    from fastpeft.recipes.nemo_yaml import NemoRun, load_nemo
     from fastpeft.recipes.plot import plot_run
-    from fastpeft.recipes.preferences import run_dpo, run_ppo, run_reward
+    from fastpeft.recipes.preferences import run_config, run_dpo, run_ppo, run_reward
     from fastpeft.recipes.run_folder import run_sources
     from fastpeft.recipes.schema import (
         DataSection,
@@ -32,6 +34,7 @@ __all__ = [
     "DataSection",
     "Export",
     "ModelConfig",
+    "NemoRun",
     "PeftSection",
     "RunConfig",
     "TrainSection",
@@ -39,38 +42,47 @@ __all__ = [
     "converse",
     "environment",
     "generate_answers",
+    "json_schema",
     "load_config",
     "load_for_generation",
     "load_model",
+    "load_nemo",
     "load_tokenizer",
     "plot_run",
     "read_model_config",
     "read_prompts",
+    "run_config",
     "run_dpo",
     "run_export",
     "run_ppo",
     "run_reward",
     "run_sft",
     "run_sources",
+    "starting_file",
 ]
 
 _FILES = {
     "Export": "export",
+    "NemoRun": "nemo_yaml",
     "base_of_adapter": "export",
     "converse": "generate",
     "environment": "info",
     "generate_answers": "generate",
+    "json_schema": "config_files",
     "load_for_generation": "generate",
     "load_model": "load",
+    "load_nemo": "nemo_yaml",
     "load_tokenizer": "load",
     "plot_run": "plot",
     "read_prompts": "generate",
     "run_export": "export",
+    "run_config": "preferences",
     "run_dpo": "preferences",
     "run_ppo": "preferences",
     "run_reward": "preferences",
     "run_sft": "sft",
     "run_sources": "run_folder",
+    "starting_file": "config_files",
 }
 
 

@@ -23,13 +23,20 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from fastpeft.errors import UserError
-from fastpeft.methods import PeftModel
+from fastpeft.methods import (
+    AdapterConfig,
+    BottleneckAdapterConfig,
+    PeftModel,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+)
 from fastpeft.methods.files import read_adapter
 from fastpeft.models import dequantize, quantize
 from fastpeft.models.choose import choose_layers
 from fastpeft.models.pretrained import stored_quantization
 from fastpeft.ops import nf4_dequantize, nf4_quantize
-from fastpeft.recipes.load import model_skeleton, quiet, read_config, read_weights, weights_dtype
+from fastpeft.recipes.load import load_tokenizer, model_skeleton, quiet, read_config, read_weights, weights_dtype
+from fastpeft.recipes.paths import ADAPTER_CONFIGS
 from fastpeft.recipes.schema import ModelConfig
 from fastpeft.recipes.source import find_source
 from fastpeft.recipes.whole_folder import check_target, written_whole
@@ -41,7 +48,15 @@ _TOKENIZER_FILES = (
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*"),
 )
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "fastpeft*.json", "fastpeft*.safetensors")
+_ADAPTER_FILES = (
+    *("adapter_config.json", "adapter_model.safetensors", "fastpeft*.json", "fastpeft*.safetensors"),
+    *("adapter.safetensors", "prompt_encoder.safetensors"),  # bottlenecks; what P-tuning goes on from
+)
+_UNMERGEABLE: dict[type[AdapterConfig], str] = {
+    PromptTuningConfig: "virtual tokens",
+    PromptEncoderConfig: "virtual tokens",
+    BottleneckAdapterConfig: "bottleneck adapters with an activation",
+}
 
 
 @dataclass(frozen=True)
@@ -83,7 +98,12 @@ def run_export(export: Export, dry_run: bool = False) -> Iterator[str]:
     check_target(export.out, export.command, overwrite=export.overwrite, inputs=inputs)
     if export.adapter is not None:
         with quiet():
-            read_adapter(export.adapter)
+            kind = type(read_adapter(export.adapter).config)
+        if export.form != "adapter" and kind in _UNMERGEABLE:
+            raise UserError(
+                f"{export.command}: {export.adapter} is {_UNMERGEABLE[kind]}, which no weight can express; use the "
+                "adapter beside its base (fastpeft export RUN OUT --to adapter)"
+            )
     if export.form == "adapter":
         yield from _export_adapter(export, dry_run)
         return
@@ -177,6 +197,9 @@ def _export_adapter(export: Export, dry_run: bool) -> Iterator[str]:
 
 def _put_tokenizer(export: Export, partial: Path) -> None:
     """The tokenizer that the adapter was trained with, else the base's; files are copied as they are."""
+    if export.base.chat_template is not None:  # the model has learnt another layout than its base's files say
+        load_tokenizer(export.base).save_pretrained(partial)
+        return
     source, files = find_source(export.base)
     folders = [export.adapter] if export.adapter is not None else []
     folders += [Path(source)] if export.base.gguf_file is None and Path(source).is_dir() else []
@@ -214,7 +237,8 @@ def base_of_adapter(adapter: Path, command: str) -> str:
     Raises:
         UserError: it cannot be read, or names none.
     """
-    file = adapter / "adapter_config.json"
+    files = [adapter / name for name in ADAPTER_CONFIGS]
+    file = next((file for file in files if file.is_file()), files[0])
     try:
         name = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:

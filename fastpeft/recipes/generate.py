@@ -16,6 +16,7 @@ from fastpeft.errors import UserError
 from fastpeft.methods import PeftModel
 from fastpeft.models.decode import DecodeOptions, Decoder, make_decoder
 from fastpeft.recipes.load import load_model
+from fastpeft.recipes.paths import is_adapter_folder
 from fastpeft.recipes.run_folder import run_sources
 from fastpeft.recipes.schema import ModelConfig
 
@@ -51,7 +52,7 @@ def load_for_generation(
         model, found = run_sources(Path(run), "generate", tuned=adapter is None and not untuned)
         adapter = adapter or found
     assert model is not None
-    if adapter is not None and not untuned and not (Path(adapter) / "adapter_config.json").is_file():
+    if adapter is not None and not untuned and not is_adapter_folder(adapter):
         raise UserError(f"generate: {adapter} is not an adapter folder: there is no adapter_config.json in it")
     base, tokenizer = load_model(model, device)
     if adapter is None or untuned:

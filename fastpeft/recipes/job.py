@@ -18,7 +18,7 @@ import transformers
 from torch import nn
 
 from fastpeft.errors import UserError
-from fastpeft.methods import get_peft_model
+from fastpeft.methods import AdapterConfig, FullConfig, get_peft_model
 from fastpeft.methods.inject import plan_adapter
 from fastpeft.models import accelerate, report
 from fastpeft.recipes.load import check_device, load_tokenizer, load_weights, model_skeleton, read_config
@@ -33,10 +33,25 @@ from fastpeft.recipes.run_folder import (
 from fastpeft.recipes.schema import RunConfig
 from fastpeft.trainers import BaseTrainer
 
+_SHORTEST = 8  # tokens of text beside virtual ones, as the trainers have it
+
 
 def new_adapter(model: nn.Module, config: RunConfig) -> nn.Module:
     """The model with the adapter that the configuration describes, or as it is where there is none."""
-    return model if config.peft.lora is None else get_peft_model(model, config.peft.lora)
+    return model if config.peft.config is None else get_peft_model(model, config.peft.config)
+
+
+def check_adapter(skeleton: nn.Module, config: AdapterConfig) -> None:
+    """Raise UserError unless a method fits a model of these modules.
+
+    Args:
+        skeleton: what ``model_skeleton`` gave; changed where the method trains the model's own weights.
+        config: the method's.
+    """
+    if isinstance(config, FullConfig):
+        get_peft_model(skeleton, config)
+    else:
+        plan_adapter(skeleton, config)
 
 
 @dataclass(frozen=True)
@@ -66,7 +81,7 @@ def run_job(config: RunConfig, job: Job, say: Callable[[str], None] | None = Non
         say: called with lines about what is going on, by the first process only; None prints them.
     Returns:
         The run folder: ``config.yaml``, ``metrics.jsonl``, ``checkpoint-N/``, ``loss.png`` (with matplotlib), and
-        ``adapter/`` in PEFT's layout, or ``model/`` after training all weights.
+        ``adapter/`` in PEFT's layout, or ``model/`` after training the model's own weights.
     Raises:
         UserError: something in the settings, the data or the model folder is wrong, or the checkpoint to resume from
             cannot be used; the run folder is as it was then.
@@ -90,8 +105,8 @@ def run_job(config: RunConfig, job: Job, say: Callable[[str], None] | None = Non
     with _complaints_name_lines(config, "model"):
         base_config = read_config(config.model)
     with _complaints_name_lines(config, "peft"):
-        if config.peft.lora is not None:
-            plan_adapter(model_skeleton(base_config), config.peft.lora)
+        if config.peft.config is not None:
+            check_adapter(model_skeleton(base_config), config.peft.config)
 
     say(f"loading {config.model.path}")
     with _complaints_name_lines(config, "model"):
@@ -119,7 +134,7 @@ def run_job(config: RunConfig, job: Job, say: Callable[[str], None] | None = Non
 
     saved = result_folder(config)
     if is_first and not (trainer.nothing_to_do and saved.exists()):
-        save_result(model, tokenizer if config.peft.method == "none" else None, saved)
+        save_result(model, tokenizer if config.peft.trains_whole_model else None, saved)
         say(f"saved {saved}")
         try:
             say(f"loss curve: {plot_run(config.output_dir)}")
@@ -137,11 +152,18 @@ def _say_nothing(line: str) -> None:
 
 
 def _dataset(config: RunConfig, job: Job, key: str, tokenizer: transformers.PreTrainedTokenizerBase) -> Any:
+    room = config.data.max_length - config.peft.virtual_tokens
+    if room < _SHORTEST:
+        raise UserError(
+            f"{config.settings.origin('data', 'max_length')}: data.max_length is {config.data.max_length}, and the "
+            f"{config.peft.virtual_tokens} virtual tokens of peft.num_virtual_tokens leave {room} for the text; it "
+            f"needs {_SHORTEST} or more"
+        )
     # Messages name the file as the user wrote it.
     return job.build_dataset(
         getattr(config.data, key),
         tokenizer,
-        max_length=config.data.max_length,
+        max_length=room,
         on_bad_row=config.data.on_bad_row,
         name=str(config.settings.values["data"][key]),
     )
@@ -157,9 +179,12 @@ def _complaints_name_lines(config: RunConfig, section: Literal["model", "peft"])
         yield
     except UserError as error:
         message = re.sub(r"^quantize: skip\b", "model.skip_modules", str(error))
-        if section == "peft":
-            message = f"peft.{message}"
+        message = re.sub(r"^\w+Config: ", "", message)
         key = re.split(r"\W", message.removeprefix(f"{section}."), maxsplit=1)[0]
+        if section == "peft":
+            known = config.peft.config is not None and hasattr(config.peft.config, key)
+            message = f"peft.{message}" if known else f"peft.method {config.peft.method}: {message}"
+            key = key if known else "method"
         if section == "model" and key not in vars(config.model):
             key = "path"
         raise UserError(f"{config.settings.origin(section, key)}: {message}") from error

@@ -61,6 +61,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         )
     with _complaints_name(config, source, "its tokenizer"), quiet():
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **files)
+    if config.chat_template is not None:
+        tokenizer.chat_template = None if config.chat_template == "none" else config.chat_template
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise UserError(
@@ -161,7 +163,7 @@ def weights_dtype(
     if config.dtype != "auto":
         return _DTYPES[config.dtype]
     if config.gguf_file is not None or model_config.dtype == torch.bfloat16:
-        return torch.bfloat16 if _computes_in_bfloat16(device) else torch.float32
+        return torch.bfloat16 if computes_in_bfloat16(device) else torch.float32
     return model_config.dtype or "auto"
 
 
@@ -246,6 +248,6 @@ def _is_whole_gguf(file: Path) -> bool:
     return True
 
 
-def _computes_in_bfloat16(device: torch.device) -> bool:
+def computes_in_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 products are at least as fast as float32 there; on a CPU oneDNN knows."""
     return device.type == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

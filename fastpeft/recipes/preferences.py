@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable
@@ -12,9 +13,10 @@ from torch import nn
 
 from fastpeft.data import build_preference_dataset, build_prompt_dataset
 from fastpeft.errors import UserError
-from fastpeft.methods import PeftModel
+from fastpeft.methods import FullConfig, PeftModel, get_peft_model
 from fastpeft.recipes.job import Job, new_adapter, run_job
 from fastpeft.recipes.schema import RunConfig
+from fastpeft.recipes.sft import run_sft
 from fastpeft.trainers import (
     BaseTrainer,
     DPOConfig,
@@ -25,6 +27,7 @@ from fastpeft.trainers import (
     attach_score,
     get_reward_model,
 )
+from fastpeft.trainers.forward import SCORE
 
 _REFERENCE, _REWARD = "reference", "reward"  # adapters of these roles beside "default"
 
@@ -40,11 +43,15 @@ def run_reward(config: RunConfig, say: Say = None) -> Path:
     Returns:
         The run folder; its ``adapter/`` holds the score layer too, and is what ``reward.adapter`` of PPO takes.
     """
+    _pad_after_virtual_tokens(config)
 
     def adapt(model: nn.Module, config: RunConfig) -> nn.Module:
-        return get_reward_model(model, config.peft.lora, config.train.args.seed)
+        seed, method = config.train.args.seed, config.peft.config
+        if isinstance(method, FullConfig):
+            return get_peft_model(attach_score(model, seed), _with_score(method))
+        return get_reward_model(model, method, seed)  # type: ignore[arg-type]  # any with modules_to_save
 
-    return run_job(config, Job(build_preference_dataset, RewardTrainer, adapt), say)
+    return run_job(config, Job(build_preference_dataset, RewardTrainer, adapt, _check_reward), say)
 
 
 def run_dpo(config: RunConfig, say: Say = None) -> Path:
@@ -58,6 +65,7 @@ def run_dpo(config: RunConfig, say: Say = None) -> Path:
     """
     args: Any = config.train.args
     _refer_to(config, args)
+    _pad_after_virtual_tokens(config)
 
     def trainer(model: nn.Module, **given: Any) -> BaseTrainer:
         return DPOTrainer(model, **given)
@@ -89,6 +97,19 @@ def run_ppo(config: RunConfig, say: Say = None) -> Path:
 
     trainer = functools.partial(PPOTrainer, reward_funcs=functions)
     return run_job(config, Job(build_prompt_dataset, trainer, adapt, _check_ppo), say)
+
+
+def run_config(config: RunConfig, say: Say = None) -> Path:
+    """Run whichever kind a configuration is of.
+
+    Args:
+        config: a checked configuration.
+        say: called with lines about what is going on.
+    Returns:
+        The run folder.
+    """
+    run = {"sft": run_sft, "reward": run_reward, "dpo": run_dpo, "ppo": run_ppo}[config.kind]
+    return run(config, say)
 
 
 def load_function(config: RunConfig) -> Callable[..., Any]:
@@ -129,19 +150,66 @@ def _with_reference(model: nn.Module, config: RunConfig) -> nn.Module:
     return adapted
 
 
+def _with_score(config: FullConfig) -> FullConfig:
+    """Let the score layer train beside the weights that were chosen."""
+    if config.train is None:
+        return config
+    pattern = rf"(?:{config.train})|{SCORE}\..*" if isinstance(config.train, str) else [*config.train, SCORE]
+    return dataclasses.replace(config, train=pattern)
+
+
+def _pad_after_virtual_tokens(config: RunConfig) -> None:
+    """Virtual tokens stand before each row of a batch, so every answer needs a row of its own.
+
+    Raises:
+        UserError: the settings ask for another layout.
+    """
+    args: Any = config.train.args
+    if not config.peft.virtual_tokens:
+        return
+    if args.layout not in ("auto", "padded"):
+        raise UserError(
+            f"{config.settings.origin('train', 'layout')}: train.layout is {args.layout!r}, and the virtual tokens of "
+            f"peft.method {config.peft.method} stand before every row; use padded"
+        )
+    args.layout = "padded"
+
+
+def _check_score(config: RunConfig, role: str) -> None:
+    if config.peft.method == "adapter":
+        raise UserError(
+            f"{config.settings.origin('peft', 'method')}: peft.method adapter keeps no copy of the score layer that "
+            f"{role} needs; use peft.method lora, ia3, prompt_tuning or p_tuning"
+        )
+
+
+def _check_reward(config: RunConfig) -> None:
+    _check_score(config, "a reward model")
+
+
 def _check_dpo(config: RunConfig) -> None:
     args = config.train.args
     assert isinstance(args, DPOConfig)
-    if config.peft.method == "none" and not args.precompute_ref_log_probs:
+    if config.peft.trains_whole_model and not args.precompute_ref_log_probs:
         raise UserError(
-            f"{config.settings.origin('peft', 'method')}: peft.method none trains the whole model, which then cannot "
-            "be its own reference; set train.precompute_ref_log_probs: true, or use peft.method lora"
+            f"{config.settings.origin('peft', 'method')}: peft.method {config.peft.method} trains the model's own "
+            "weights, so that it cannot be its own reference; set train.precompute_ref_log_probs: true, or use "
+            "peft.method lora"
         )
 
 
 def _check_ppo(config: RunConfig) -> None:
-    assert isinstance(config.train.args, PPOConfig)
-    if config.peft.method == "none":
+    args = config.train.args
+    assert isinstance(args, PPOConfig)
+    if args.advantage == "gae":
+        _check_score(config, "the value head (train.advantage gae)")
+    if config.peft.virtual_tokens and args.num_generations > 1:
+        raise UserError(
+            f"{config.settings.origin('train', 'num_generations')}: train.num_generations is {args.num_generations}, "
+            f"whose answers share the row of their prompt, and the virtual tokens of peft.method {config.peft.method} "
+            "need a row each; set it to 1, or use peft.method lora"
+        )
+    if config.peft.trains_whole_model:
         raise UserError(
             f"{config.settings.origin('peft', 'method')}: fastpeft ppo trains an adapter, so that the model without it "
             "is the reference; use peft.method lora (in Python, PPOTrainer takes a whole model and ref_model=)"

@@ -29,6 +29,7 @@ from fastpeft.errors import UserError
 from fastpeft.methods import PeftModel
 from fastpeft.recipes.plot import METRICS_FILE, PLOT_FILE
 from fastpeft.recipes.schema import RUN_MARK, ModelConfig, RunConfig, read_model_config
+from fastpeft.recipes.sections import WHOLE_MODEL
 from fastpeft.recipes.yaml_file import read_settings
 from fastpeft.trainers.checkpoint import checkpoint_path, list_steps, sealed_steps
 
@@ -175,7 +176,7 @@ def save_result(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, fol
 
 
 def _result_name(method: str) -> str:
-    return MODEL_FOLDER if method == "none" else ADAPTER_FOLDER
+    return MODEL_FOLDER if method in WHOLE_MODEL else ADAPTER_FOLDER
 
 
 def _missing(folder: Path) -> list[Path]:

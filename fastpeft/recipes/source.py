@@ -22,6 +22,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is imported there for this
 
 from fastpeft.errors import UserError
+from fastpeft.recipes.paths import is_adapter_folder
 from fastpeft.recipes.schema import ModelConfig
 
 _PACKAGE = "package:"
@@ -167,7 +168,7 @@ def _check_folder(folder: Path, config: ModelConfig) -> None:
     if not (folder / "config.json").is_file():
         if gguf_files:
             raise UserError(f"model.path {config.path}: it holds GGUF{listed}; name one as model.gguf_file")
-        if (folder / "adapter_config.json").is_file():
+        if is_adapter_folder(folder):
             raise UserError(f"model.path {config.path}: it holds an adapter; give the folder of its base model")
         raise UserError(
             f"model.path {config.path}: the folder {folder} has no config.json, so it is not a model folder"

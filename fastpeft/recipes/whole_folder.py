@@ -11,7 +11,7 @@ from pathlib import Path
 from fastpeft.errors import UserError
 
 # A folder with one of these holds a model or an adapter, and may be replaced on request.
-_MARKS = ("config.json", "adapter_config.json")
+_MARKS = ("config.json", "adapter_config.json", "fastpeft_adapter.json")
 
 
 def check_target(out: Path, command: str, *, overwrite: bool, inputs: Iterable[Path | None] = ()) -> None:

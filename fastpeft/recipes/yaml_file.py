@@ -23,6 +23,17 @@ Key = tuple[str, ...]
 
 
 @dataclass(frozen=True)
+class Unfilled:
+    """What stands for a value that could not be had, in settings that are read with ``lenient``.
+
+    Attributes:
+        reason: the end of a message about its key.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Settings:
     """Nested values, and for every key the place where it was written.
 
@@ -44,12 +55,14 @@ class Settings:
         return self.name
 
 
-def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
+def read_settings(path: str | Path, overrides: Iterable[str] = (), *, lenient: bool = False) -> Settings:
     """Read a YAML file, apply overrides in their order, and fill in ``${a.b}``.
 
     Args:
         path: a YAML file with a mapping at its top.
         overrides: ``"a.b=c"``; ``c`` is read as YAML.
+        lenient: put `Unfilled` where a value has to be given or refers to one that is not there, for files of which not
+            every key is used.
     Returns:
         The settings with the origin of each key.
     Raises:
@@ -71,7 +84,7 @@ def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
     for override in overrides:
         _apply(override, values, reader.origins)
     settings = Settings(name, values, reader.origins)
-    return Settings(name, _interpolated(settings), settings.origins)
+    return Settings(name, (_filled_where_possible if lenient else _interpolated)(settings), settings.origins)
 
 
 def shown(value: Any) -> str:
@@ -203,3 +216,28 @@ def _interpolated(settings: Settings) -> dict[str, Any]:
         raise UserError(f"{where}: {dotted} cannot be filled in: {reason}") from error
     assert isinstance(filled, dict)
     return {str(name): value for name, value in filled.items()}
+
+
+def _filled_where_possible(settings: Settings) -> dict[str, Any]:
+    """The values with ``${a.b}`` filled in, and `Unfilled` where that fails."""
+    filled = _fill(OmegaConf.create(settings.values))
+    assert isinstance(filled, dict)
+    return filled
+
+
+def _fill(node: Any) -> Any:
+    if OmegaConf.is_dict(node):
+        return {str(key): _fill_item(node, key) for key in node}
+    if OmegaConf.is_list(node):
+        return [_fill_item(node, index) for index in range(len(node))]
+    return node
+
+
+def _fill_item(node: Any, key: Any) -> Any:
+    if OmegaConf.is_missing(node, key):
+        return Unfilled("is '???', so it has to be given")
+    try:
+        return _fill(node[key])
+    except OmegaConfBaseException as error:
+        reason = str(error).partition("\n")[0]
+        return Unfilled(f"cannot be filled in: {reason}")

@@ -37,7 +37,7 @@ def test_dtype(folder: Path, asked, held):
 
 
 def test_auto_dtype_without_bfloat16_products_is_float32(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("fastpeft.recipes.load._computes_in_bfloat16", lambda device: False)
+    monkeypatch.setattr("fastpeft.recipes.load.computes_in_bfloat16", lambda device: False)
     model, _ = load_model(ModelConfig(str(folder)), CPU)
     assert model.dtype == torch.float32
 

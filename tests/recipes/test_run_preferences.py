@@ -136,3 +136,73 @@ def test_all_weights_by_dpo(rl_job: Path) -> None:
         run_dpo(load_config("job.yaml", [*options, f"train.output_dir={name}"], "dpo"))
     assert len(list((rl_job / "cache").iterdir())) == 1
     assert (rl_job / "one/model/model.safetensors").is_file()
+
+
+METHODS = {
+    "ia3": "{method: ia3}",
+    "prompt_tuning": "{method: prompt_tuning, num_virtual_tokens: 4}",
+    "p_tuning": "{method: p_tuning, num_virtual_tokens: 4, encoder_hidden_size: 16}",
+    "adapter": "{method: adapter}",
+    "full": "{method: full, train: [layers]}",
+    "qlora": "{method: qlora, r: 4}",
+}
+REFUSED = {
+    ("reward", "adapter"): "peft.method adapter keeps no copy of the score layer that a reward model needs",
+    ("ppo", "adapter"): "peft.method adapter keeps no copy of the score layer that the value head",
+    ("ppo", "full"): "fastpeft ppo trains an adapter, so that the model without it is the reference",
+}
+
+
+@pytest.mark.parametrize("kind", ["reward", "dpo", "ppo"])
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_learns_from_preferences_or_says_why_not(
+    rl_job: Path, kind: str, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [f"peft={METHODS[method]}", f"train.output_dir={kind}", "train.max_steps=2", "train.learning_rate=1e-2"]
+    if kind == "ppo":
+        options += [*PPO, "reward={function: 'rules.py:brief'}"]
+    else:
+        options.append("data.train=pairs.jsonl")
+    if (kind, method) == ("dpo", "full"):
+        options.append("train.precompute_ref_log_probs=true")
+    code = run(kind, "job.yaml", *options)
+    said = capsys.readouterr()
+    if (kind, method) in REFUSED:
+        assert code == 2 and REFUSED[kind, method] in said.err
+        return
+    assert code == 0, said.err
+    assert sum("loss" in row for row in metrics(rl_job / kind)) == 2
+    result = rl_job / kind / ("model" if method == "full" else "adapter")
+    tensors = {name for file in result.glob("*.safetensors") for name in load_file(file)}
+    assert any("score" in name for name in tensors) == (kind == "reward")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (
+            "dpo",
+            ["peft={method: prompt_tuning}", "train.layout=shared"],
+            "override 'train.layout=shared': train.layout is 'shared', and the virtual tokens of peft.method "
+            "prompt_tuning stand before every row; use padded",
+        ),
+        (
+            "ppo",
+            ["peft={method: p_tuning}", "train.num_generations=2", "reward={function: 'rules.py:brief'}"],
+            "override 'train.num_generations=2': train.num_generations is 2, whose answers share the row of their "
+            "prompt, and the virtual tokens of peft.method p_tuning need a row each; set it to 1, or use peft.method "
+            "lora",
+        ),
+        (
+            "dpo",
+            ["peft={method: full}"],
+            "override 'peft={method: full}': peft.method full trains the model's own weights, so that it cannot be "
+            "its own reference; set train.precompute_ref_log_probs: true, or use peft.method lora",
+        ),
+    ],
+)
+def test_what_a_method_cannot_do(rl_job: Path, kind: str, options: list[str], message: str) -> None:
+    config = load_config("job.yaml", ["data.train=pairs.jsonl", *options], kind=kind)
+    with pytest.raises(UserError) as caught:
+        {"dpo": run_dpo, "ppo": run_ppo}[kind](config)
+    assert str(caught.value) == message

@@ -8,14 +8,15 @@ import pytest
 import yaml
 
 from fastpeft.errors import UserError
+from fastpeft.methods import LoraConfig
 from fastpeft.recipes import load_config
 
 
 def test_a_whole_file(job: Path):
     config = load_config("job.yaml", ["train.learning_rate=1e-3", "peft.target_modules=[q_proj, v_proj]"])
     assert config.model.quantize == "none" and config.model.block_size == 64
-    assert config.peft.lora is not None
-    assert (config.peft.lora.r, config.peft.lora.target_modules) == (4, ["q_proj", "v_proj"])
+    assert isinstance(config.peft.config, LoraConfig)
+    assert (config.peft.config.r, config.peft.config.target_modules) == (4, ["q_proj", "v_proj"])
     assert config.data.train == job / "train.jsonl" and config.data.max_length == 64
     assert config.train.args.learning_rate == 1e-3
     assert config.train.args.save_strategy == "no"
@@ -114,7 +115,8 @@ def test_an_evaluation_file_is_used(job: Path):
         (
             "method: lora",
             "method: lroa",
-            "job.yaml:5: peft.method is 'lroa' (text); it takes lora, none; did you mean 'lora'?",
+            "job.yaml:5: peft.method is 'lroa' (text); it takes lora, qlora, ia3, prompt_tuning, p_tuning, "
+            "adapter, full, none; did you mean 'lora'?",
         ),
         (
             "method: lora",
@@ -241,4 +243,4 @@ def test_frozen_weights_cannot_be_trained_whole(job: Path):
         "override 'peft.method=none': peft.method none trains all weights, and model.quantize nf4 freezes them; "
         "use peft.method lora or model.quantize none"
     )
-    assert load_config("job.yaml", ["peft.method=none"]).peft.lora is None
+    assert load_config("job.yaml", ["peft.method=none"]).peft.config is None
