@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastpeft.recipes.check import CheckReport, Finding, run_check
     from fastpeft.recipes.export import Export, base_of_adapter, run_export
     from fastpeft.recipes.generate import converse, generate_answers, load_for_generation, read_prompts
     from fastpeft.recipes.info import environment
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
     from fastpeft.recipes.sft import run_sft
 
 __all__ = [
+    "CheckReport",
     "DataSection",
     "Export",
+    "Finding",
     "ModelConfig",
     "PeftSection",
     "RunConfig",
@@ -46,6 +49,7 @@ __all__ = [
     "plot_run",
     "read_model_config",
     "read_prompts",
+    "run_check",
     "run_dpo",
     "run_export",
     "run_ppo",
@@ -55,6 +59,8 @@ __all__ = [
 ]
 
 _FILES = {
+    "CheckReport": "check",
+    "Finding": "check",
     "Export": "export",
     "base_of_adapter": "export",
     "converse": "generate",
@@ -65,6 +71,7 @@ _FILES = {
     "load_tokenizer": "load",
     "plot_run": "plot",
     "read_prompts": "generate",
+    "run_check": "check",
     "run_export": "export",
     "run_dpo": "preferences",
     "run_ppo": "preferences",
