@@ -3,6 +3,7 @@
 from fastpeft.data.collator import SFTCollator
 from fastpeft.data.comparisons import Comparison, parse_comparison
 from fastpeft.data.layout import encode_prompt, stop_token_ids
+from fastpeft.data.packing import PackedDataset, pack
 from fastpeft.data.preference_batch import PreferenceCollator
 from fastpeft.data.preferences import PreferenceDataset, PreferenceReport, build_preference_dataset
 from fastpeft.data.prompts import PromptDataset, PromptReport, build_prompt_dataset
@@ -14,6 +15,7 @@ __all__ = [
     "Comparison",
     "DataReport",
     "Message",
+    "PackedDataset",
     "PreferenceCollator",
     "PreferenceDataset",
     "PreferenceReport",
@@ -27,6 +29,7 @@ __all__ = [
     "build_sft_dataset",
     "encode_prompt",
     "load_records",
+    "pack",
     "parse_comparison",
     "read_records",
     "stop_token_ids",
