@@ -9,6 +9,7 @@ from fastpeft.data.preferences import PreferenceDataset, PreferenceReport, build
 from fastpeft.data.prompts import PromptDataset, PromptReport, build_prompt_dataset
 from fastpeft.data.records import Message, Record, load_records, read_records
 from fastpeft.data.sft import IGNORE_INDEX, DataReport, SFTDataset, build_sft_dataset
+from fastpeft.data.split import Split, leak_warning, leaks, split_dataset
 
 __all__ = [
     "IGNORE_INDEX",
@@ -24,13 +25,17 @@ __all__ = [
     "Record",
     "SFTCollator",
     "SFTDataset",
+    "Split",
     "build_preference_dataset",
     "build_prompt_dataset",
     "build_sft_dataset",
     "encode_prompt",
+    "leak_warning",
+    "leaks",
     "load_records",
     "pack",
     "parse_comparison",
     "read_records",
+    "split_dataset",
     "stop_token_ids",
 ]

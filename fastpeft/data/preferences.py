@@ -102,6 +102,10 @@ class PreferenceDataset(Dataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
 
+    def select(self, indices: Sequence[int]) -> PreferenceDataset:
+        """Some of the rows, in the order given, without a reference; the report stays that of all."""
+        return PreferenceDataset([self._items[index] for index in indices], self.report)
+
     def attach_reference(self, logps: list[list[float]] | None) -> None:
         """Add a log-probability of each completion under a reference, or take them away.
 

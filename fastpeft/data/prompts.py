@@ -67,6 +67,10 @@ class PromptDataset(Dataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self._items)
 
+    def select(self, indices: Sequence[int]) -> PromptDataset:
+        """Some of the prompts, in the order given; the report stays that of all."""
+        return PromptDataset([self._items[index] for index in indices], self.report)
+
 
 def parse_prompt(row: Mapping[str, Any], where: str) -> tuple[Record, Mapping[str, Any]]:
     """Check one row; the record of its prompt, and the row.

@@ -103,6 +103,15 @@ class SFTDataset(Dataset[dict[str, list[int]]]):
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
         return (self[index] for index in range(len(self)))
 
+    def select(self, indices: Sequence[int]) -> SFTDataset:
+        """Some of the rows, in the order given; the report stays that of all."""
+        places = torch.tensor(indices, dtype=torch.int64)
+        starts, lengths = self._offsets[places], self._offsets.diff()[places]
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        within = torch.arange(int(offsets[-1])) - offsets[:-1].repeat_interleave(lengths)
+        tokens = starts.repeat_interleave(lengths) + within
+        return SFTDataset(self._tokens[tokens], self._is_target[tokens], offsets, self.report)
+
     @property
     def lengths(self) -> list[int]:
         """Tokens of each row, for samplers that group rows of like length."""

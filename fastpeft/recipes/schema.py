@@ -121,14 +121,21 @@ class DataSection:
     Args:
         train: rows to train on.
         eval: held-out rows for the evaluation loss, which is measured every epoch unless ``train`` says otherwise.
+        eval_fraction: in place of ``eval``, the share of the training rows to hold out, rows of one prompt together.
         max_length: tokens a row may have; a longer row loses the start of its prompt, never of its answer.
         on_bad_row: "error" stops at rows that cannot be used, "skip" leaves them out and counts them.
     """
 
     train: Path
     eval: Path | None = None
+    eval_fraction: float | None = None
     max_length: int = 1024
     on_bad_row: Literal["error", "skip"] = "error"
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there are held-out rows."""
+        return self.eval is not None or self.eval_fraction is not None
 
 
 @dataclass(frozen=True)
@@ -266,13 +273,14 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), kind: str = "sf
         )
     resume, overwrite = train.pop("resume", False), train.pop("overwrite", False)
     data_section = DataSection(**data)
-    if data_section.eval is not None:
+    _check_eval(settings, data_section)
+    if data_section.evaluates:
         train.setdefault("eval_strategy", "steps" if "eval_steps" in train else "epoch")
     args = _trainer_config(settings, train, data_section, config_class, limit)
-    if data_section.eval is None and args.eval_strategy != "no":
+    if not data_section.evaluates and args.eval_strategy != "no":
         raise UserError(
             f"{settings.origin('train', 'eval_strategy')}: train.eval_strategy is {train['eval_strategy']!r}, and "
-            "there is nothing to evaluate on; give data.eval a JSONL file"
+            "there is nothing to evaluate on; give data.eval a JSONL file, or data.eval_fraction a share of the rows"
         )
     peft_section = PeftSection(method, lora if method == "lora" and adapter is None else None, adapter)
     train_section = TrainSection(args, resume, overwrite)
@@ -442,6 +450,17 @@ def _resolve_paths(settings: Settings, model: dict[str, Any], data: dict[str, An
             data[key] = full
     if isinstance(path := model.get("path"), str) and not path.startswith("package:"):
         model["path"] = str(_found(settings, Path(path)) or path)
+
+
+def _check_eval(settings: Settings, data: DataSection) -> None:
+    """Refuse a fraction that is none, or stands beside a file."""
+    if data.eval_fraction is None:
+        return
+    where = settings.origin("data", "eval_fraction")
+    if not 0 < data.eval_fraction < 1:
+        raise UserError(f"{where}: data.eval_fraction is {data.eval_fraction:g}; it must be above 0 and below 1")
+    if data.eval is not None:
+        raise UserError(f"{where}: data.eval_fraction and data.eval both say what to evaluate on; give one of them")
 
 
 def _resolve_output_dir(settings: Settings, train: dict[str, Any], problems: list[str]) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fastpeft.cli import main
 from fastpeft.errors import UserError
-from fastpeft.recipes import run_check
+from fastpeft.recipes import load_config, run_check, run_sft
 from fastpeft.recipes.check import described
 
 
@@ -129,3 +129,33 @@ def test_no_weights_are_read(job, model_folder, tmp_path):
             (bare / file.name).write_bytes(file.read_bytes())
     (bare / "model.safetensors").write_bytes(b"")
     assert run_check(job / "job.yaml", [f"model.path={bare}"], workers=1).samples
+
+
+def test_a_run_holds_out_a_fraction_and_tells_of_leaks(job, rows, write_rows):
+    config = load_config(job / "job.yaml", ["data.eval_fraction=0.25", "train.max_steps=1"])
+    said: list[str] = []
+    run_sft(config, said.append)
+    assert "train.jsonl: 6 rows to train on, 2 held out" in said
+    logged = [json.loads(line) for line in (job / "out/metrics.jsonl").read_text().splitlines()]
+    assert any("eval_loss" in line for line in logged)
+
+    write_rows(job / "val.jsonl", [rows[0], {"input": "new", "output": "x"}])
+    run_sft(
+        load_config(job / "job.yaml", ["data.eval=val.jsonl", "train.output_dir=two", "train.max_steps=1"]), said.append
+    )
+    assert any(line.startswith("val.jsonl: 1 of 2 rows have a prompt that train.jsonl has too") for line in said)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.eval_fraction=1.5"], "data.eval_fraction is 1.5; it must be above 0 and below 1"),
+        (["data.eval_fraction=0.1", "data.eval=train.jsonl"], "both say what to evaluate on; give one of them"),
+        (["data.eval_fraction=much"], "data.eval_fraction is 'much'"),
+        (["train.eval_strategy=epoch"], "or data.eval_fraction a share of the rows"),
+    ],
+)
+def test_fractions_that_are_none(job, overrides, words):
+    with pytest.raises(UserError) as caught:
+        load_config(job / "job.yaml", overrides)
+    assert words in str(caught.value)
