@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -440,6 +441,8 @@ def _check_one_object_a_line(line: bytes, path: Path) -> None:
     first = line.strip()
     if first == b"{":
         raise UserError(f"{path}: its first object goes over several lines; JSON Lines has one object a line")
+    if b"," in first and first[:1].isalpha():
+        raise UserError(f"{path}: its first line reads like the head of a CSV table; convert it to JSON Lines first")
     if first[:1] == b"[":
         raise UserError(f"{path} begins with '[', a JSON list; JSON Lines has one object a line and no list around")
 
@@ -463,16 +466,34 @@ def parse_line(line: bytes, needed: str) -> Mapping[str, Any]:
         RowError: it is not UTF-8, not JSON, or not an object.
     """
     text = _decode(line)
+    if "\0" in text:
+        raise RowError("the line has zero bytes, as after a crash or in UTF-32; write the file again, as UTF-8")
     try:
         row = json.loads(text, object_pairs_hook=_no_duplicates)
     except json.JSONDecodeError as error:
-        told = f"{_lower_first(error.msg)} at column {error.pos + 1}: {_excerpt(text, error.pos)}"
+        mistake, at = _json_mistake(error, text)
+        told = f"{mistake} at column {at + 1}: {_excerpt(text, at)}"
         raise RowError(f"not valid JSON: {told}") from None
     except (ValueError, RecursionError) as error:
         raise RowError(f"not valid JSON: {_lower_first(str(error))}") from None
     if not isinstance(row, dict):
         raise RowError(f"the line is {json_type(row)}; it must be an object with {needed}")
     return row
+
+
+def _json_mistake(error: json.JSONDecodeError, text: str) -> tuple[str, int]:
+    """What is wrong and where, in the same words for every version of Python."""
+    comma = re.compile(r",\s*(?=[}\]])").search(text, max(0, error.pos - 1))  # 3.13 points at it, others behind it
+    if comma is not None and comma.start() <= error.pos <= comma.end():
+        return "a comma before the closing bracket", comma.end()
+    mistake = _lower_first(error.msg)
+    if text.startswith("'", error.pos):
+        mistake = "single quotes (keys and texts stand in double quotes)"
+    elif error.msg.startswith("Unterminated string"):
+        mistake = "a text that does not end on its line, begun"
+    elif error.msg == "Extra data":
+        mistake = "a second value on one line"
+    return mistake, error.pos
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
