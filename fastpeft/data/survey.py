@@ -8,12 +8,8 @@ are laid out and tokenised as for training, and a part where a count differs is 
 from __future__ import annotations
 
 import gc
-import multiprocessing
-import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
@@ -24,6 +20,7 @@ import numpy as np
 
 from fastpeft.data.comparisons import COMPARISON_KEYS, parse_comparison
 from fastpeft.data.layout import Encoder, Row, encode_all, fit
+from fastpeft.data.parts import count_lines, lines_of_part, mapped, parts_of
 from fastpeft.data.preferences import fit_together, records_of
 from fastpeft.data.prompts import PROMPT_KEYS, parse_prompt
 from fastpeft.data.records import SFT_KEYS, Message, Record, RowError, check_json_lines, parse_line, parse_row
@@ -36,7 +33,6 @@ if TYPE_CHECKING:
 
 Kind = Literal["sft", "preference", "prompt"]
 CUT, DROPPED, EMPTY, EQUAL, TIED = 1, 2, 4, 8, 16  # what a row's flags say
-_PART = 2 << 20  # bytes of a file that a worker reads at once
 _CHECKED = 16
 _SHOWN = 5  # rows of a part kept as examples
 _COMPLAINTS = 100  # of a part that are kept; all are counted
@@ -121,11 +117,11 @@ def survey(
     check_json_lines(path)
     if sample is not None and sample < 1:
         raise UserError(f"survey: sample is {sample}; it must be 1 or more, or None for all rows")
-    parts = list(_parts(path))
+    parts = list(parts_of(path))
     found = Survey(name or str(path), kind)
     begins = [0] * len(parts)
     if sample is not None:
-        counts = [_count_lines(path, *part) for part in parts]
+        counts = [count_lines(path, *part) for part in parts]
         begins = np.cumsum([0, *counts])[:-1].tolist()
         found.stride = max(1, sum(counts) // sample)
     surveyor = _Surveyor(tokenizer, kind, max_length)
@@ -134,8 +130,7 @@ def survey(
         for (start, stop), begin in zip(parts, begins, strict=True)
     ]
     pieces = []
-    workers = min(workers or _processors(), len(tasks))
-    with _mapped(surveyor, tasks, workers) as results:
+    with mapped(surveyor, tasks, workers) as results:
         for number, part in enumerate(results, 1):
             part.rows["line"] += found.lines
             pieces.append(part.rows)
@@ -253,13 +248,8 @@ class _Surveyor:
                 gc.enable()
 
     def _look(self, path: str, start: int, stop: int, stride: int, phase: int) -> _Part:
-        with open(path, "rb") as file:
-            file.seek(start)
-            data = file.read(stop - start)
-        if start == 0:
-            data = data.removeprefix(b"\xef\xbb\xbf")
-        lines = data.split(b"\n")
-        count = len(lines) - (not lines[-1])
+        lines = lines_of_part(path, start, stop)
+        count = len(lines)
         part = _Part(np.empty(0, _ROW), count, 0, [], [])
         items = []
         for index in range(phase, count, stride):
@@ -400,59 +390,3 @@ def _hashes(prompt: Sequence[Message], *answers: str) -> tuple[int, int]:
     asked = "\x1e".join([f"{turn.role}\x1f{turn.content.strip()}" for turn in prompt])
     whole = "\x1d".join([asked, *map(str.strip, answers)])
     return tuple(int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") for text in (whole, asked))  # type: ignore[return-value]
-
-
-def _parts(path: Path) -> Iterator[tuple[int, int]]:
-    """Where the parts of a file begin and end, each at a line's end."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = 0
-        while start < size:
-            file.seek(min(start + _PART, size))
-            file.readline()
-            stop = file.tell()
-            yield start, stop
-            start = stop
-
-
-def _processors() -> int:
-    """Those this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _count_lines(path: Path, start: int, stop: int) -> int:
-    with path.open("rb") as file:
-        file.seek(start)
-        data = file.read(stop - start)
-    return data.count(b"\n") + (not data.endswith(b"\n"))
-
-
-_surveyor: _Surveyor  # of a worker
-
-
-def _begin_worker(surveyor: _Surveyor) -> None:
-    global _surveyor
-    _surveyor = surveyor
-
-
-def _work(task: tuple[str, int, int, int, int]) -> _Part:
-    return _surveyor(task)
-
-
-@contextmanager
-def _mapped(surveyor: _Surveyor, tasks: Sequence[Any], workers: int) -> Iterator[Iterator[_Part]]:
-    """The parts in their order, by worker processes where several are wanted."""
-    if workers < 2:
-        yield map(surveyor, tasks)
-        return
-    method = "fork" if sys.platform == "linux" else "spawn"  # a fork has the tokenizer, and torch, without loading them
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is one thread
-    try:
-        with multiprocessing.get_context(method).Pool(workers, _begin_worker, (surveyor,)) as pool:
-            yield pool.imap(_work, tasks)
-    finally:
-        if before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = before

@@ -122,6 +122,7 @@ class DataSection:
         train: rows to train on.
         eval: held-out rows for the evaluation loss, which is measured every epoch unless ``train`` says otherwise.
         eval_fraction: in place of ``eval``, the share of the training rows to hold out, rows of one prompt together.
+        cache_dir: a folder for tokens (``fastpeft sft``): made once by worker processes, then mapped into memory.
         max_length: tokens a row may have; a longer row loses the start of its prompt, never of its answer.
         on_bad_row: "error" stops at rows that cannot be used, "skip" leaves them out and counts them.
     """
@@ -129,6 +130,7 @@ class DataSection:
     train: Path
     eval: Path | None = None
     eval_fraction: float | None = None
+    cache_dir: Path | None = None
     max_length: int = 1024
     on_bad_row: Literal["error", "skip"] = "error"
 
@@ -272,6 +274,10 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), kind: str = "sf
             f"{model_config.quantize} freezes them; use peft.method lora or model.quantize none"
         )
     resume, overwrite = train.pop("resume", False), train.pop("overwrite", False)
+    if isinstance(data.get("cache_dir"), Path):
+        data["cache_dir"] = data["cache_dir"].expanduser().absolute()
+        if kind != "sft":
+            raise UserError(f"{settings.origin('data', 'cache_dir')}: data.cache_dir is for fastpeft sft; leave it out")
     data_section = DataSection(**data)
     _check_eval(settings, data_section)
     if data_section.evaluates:

@@ -102,7 +102,7 @@ def test_the_cache_may_forget(plain_tokenizer, monkeypatch):
 
 
 def test_workers_give_what_one_process_gives(tmp_path, chat_tokenizer, monkeypatch):
-    monkeypatch.setattr("fastpeft.data.survey._PART", 700)
+    monkeypatch.setattr("fastpeft.data.parts._PART", 700)
     lines = [{"input": f"please send {i} cups", "output": "to Rome"} if i % 9 else "{broken" for i in range(120)]
     path = write(tmp_path / "a.jsonl", [*lines[:50], "", *lines[50:]])
     one, two = (survey(path, chat_tokenizer, workers=workers) for workers in (1, 2))
@@ -114,7 +114,7 @@ def test_workers_give_what_one_process_gives(tmp_path, chat_tokenizer, monkeypat
 
 
 def test_a_sample_is_spread_and_keeps_its_line_numbers(tmp_path, plain_tokenizer, monkeypatch):
-    monkeypatch.setattr("fastpeft.data.survey._PART", 700)
+    monkeypatch.setattr("fastpeft.data.parts._PART", 700)
     path = write(tmp_path / "a.jsonl", [{"input": "a", "output": "b" * i} for i in range(300)])
     found = survey(path, plain_tokenizer, sample=30, workers=1)
     assert found.rows["line"].tolist() == list(range(1, 301, 10)) and found.stride == 10

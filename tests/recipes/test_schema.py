@@ -64,7 +64,8 @@ def test_an_evaluation_file_is_used(job: Path):
         (
             "  max_length:",
             "  zzz:",
-            "job.yaml:11: unknown key 'zzz' in data; the keys are train, eval, eval_fraction, max_length, on_bad_row",
+            "job.yaml:11: unknown key 'zzz' in data; "
+            "the keys are train, eval, eval_fraction, cache_dir, max_length, on_bad_row",
         ),
         (
             "dtype: float32",
