@@ -3,6 +3,8 @@
 from fastpeft.data.collator import SFTCollator
 from fastpeft.data.comparisons import Comparison, parse_comparison
 from fastpeft.data.layout import encode_prompt, stop_token_ids
+from fastpeft.data.mixture import MixedDataset
+from fastpeft.data.order import ComputedShuffle, LengthGrouped, shuffled
 from fastpeft.data.packing import PackedDataset, pack
 from fastpeft.data.preference_batch import PreferenceCollator
 from fastpeft.data.preferences import PreferenceDataset, PreferenceReport, build_preference_dataset
@@ -15,8 +17,11 @@ from fastpeft.data.token_cache import cached_sft_dataset
 __all__ = [
     "IGNORE_INDEX",
     "Comparison",
+    "ComputedShuffle",
     "DataReport",
+    "LengthGrouped",
     "Message",
+    "MixedDataset",
     "PackedDataset",
     "PreferenceCollator",
     "PreferenceDataset",
@@ -38,6 +43,7 @@ __all__ = [
     "pack",
     "parse_comparison",
     "read_records",
+    "shuffled",
     "split_dataset",
     "stop_token_ids",
 ]

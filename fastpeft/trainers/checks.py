@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 # Methods of transformers.Trainer, not part of its public interface, that our trainers override.
 _HOOKS = (
     "_get_grad_norm",
+    "_get_train_sampler",
     "_load_best_model",
     "_load_from_checkpoint",
     "_load_optimizer_and_scheduler",
