@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -42,6 +43,19 @@ class MixedDataset(Dataset[Any]):
         self.counts = [max(1, round(weight * len(dataset))) for dataset, weight in zip(datasets, weights, strict=True)]
         self._ends = list(accumulate(self.counts))
 
+    @classmethod
+    def by_shares(cls, datasets: Sequence[Any], shares: Sequence[float], seed: int = 0) -> MixedDataset:
+        """Mix data sets so that each gives a share of the rows; an epoch has as many rows as all of them together.
+
+        Args:
+            datasets: of one kind.
+            shares: one for each, above 0; only how they compare counts.
+            seed: draws the rows of a part of a data set.
+        """
+        rows = sum(map(len, datasets)) / sum(shares)
+        weights = [share * rows / len(dataset) for share, dataset in zip(shares, datasets, strict=True)]
+        return cls(datasets, weights, seed)
+
     def __len__(self) -> int:
         return self._ends[-1]
 
@@ -70,12 +84,26 @@ class MixedDataset(Dataset[Any]):
         known = [dataset.lengths for dataset in self._datasets]
         return [known[number][row] for number, row in map(self._place, range(len(self)))]
 
+    @property
+    def report(self) -> MixtureReport:
+        """What became of the rows of each data set, and what comes from where."""
+        parts = [dataset.report for dataset in self._datasets]
+        told = [f"{count:,} of {part.name}" for count, part in zip(self.counts, parts, strict=True)]
+        return MixtureReport(parts, f"an epoch has {len(self):,} rows: {', '.join(told)}")
+
+
+@dataclass(frozen=True)
+class MixtureReport:
+    """The reports of several data sets, and a line on how they are mixed."""
+
+    parts: list[Any]
+    mixture: str
+
+    @property
+    def name(self) -> str:
+        """What messages call the mixture."""
+        return ", ".join(part.name for part in self.parts)
+
     def summary(self) -> str:
-        """A line on what comes from where."""
-        parts = (
-            f"{count:,} of {dataset.report.name} ({len(dataset):,} rows)"
-            if hasattr(dataset, "report")
-            else f"{count:,}"
-            for dataset, count in zip(self._datasets, self.counts, strict=True)
-        )
-        return f"an epoch has {len(self):,} rows: {', '.join(parts)}"
+        """The summaries of all, and the mixture."""
+        return "\n".join([*(part.summary() for part in self.parts), self.mixture])

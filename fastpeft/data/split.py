@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
-from fastpeft.data.sft import IGNORE_INDEX, SFTDataset
+from fastpeft.data.sft import IGNORE_INDEX
 from fastpeft.errors import UserError
 
 
@@ -104,6 +104,6 @@ def _prompts(dataset: Any, seed: int = 0) -> Iterator[bytes]:
     salt = seed.to_bytes(8, "little", signed=True)
     for item in dataset:
         ids = item["prompt_ids"] if "prompt_ids" in item else item["input_ids"]
-        if isinstance(dataset, SFTDataset):
+        if "labels" in item:
             ids = ids[: next((i for i, label in enumerate(item["labels"]) if label != IGNORE_INDEX), len(ids))]
         yield blake2b(array("i", ids).tobytes(), digest_size=16, salt=salt).digest()

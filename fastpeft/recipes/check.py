@@ -109,26 +109,33 @@ def run_check(
     config = _config(path, overrides, kind)
     tokenizer = load_tokenizer(config.model)
     report = CheckReport(config.kind, [], config.data.max_length)
-    for key in ("train", "eval"):
-        file = getattr(config.data, key)
-        if file is not None:
-            found = survey(
-                file,
-                tokenizer,
-                kind=_DATA_KINDS[config.kind],
-                max_length=config.data.max_length,
-                sample=sample,
-                workers=workers,
-                name=str(config.settings.values["data"][key]),
-                on_part=on_part if key == "train" else None,
-            )
-            report.surveys.append(found)
-            report.findings += _findings(found, config)
-    if len(report.surveys) == 2:
-        report.findings += _overlap(*report.surveys)
+    for file, name, role in _files(config):
+        found = survey(
+            file,
+            tokenizer,
+            kind=_DATA_KINDS[config.kind],
+            max_length=config.data.max_length,
+            sample=sample,
+            workers=workers,
+            name=name,
+            on_part=on_part if role == "train" else None,
+        )
+        if role == "eval":
+            for trained in report.surveys:
+                report.findings += _overlap(trained, found)
+        report.surveys.append(found)
+        report.findings += _findings(found, config)
     report.findings.sort(key=lambda finding: finding.level)
     report.samples = _samples(report.surveys[0], tokenizer, config)
     return report
+
+
+def _files(config: RunConfig) -> list[tuple[Path, str, str]]:
+    """Each file with its name as the user wrote it, and whether it is for training or evaluation."""
+    given = config.settings.values["data"]
+    several = not isinstance(config.data.train, Path)
+    files = [(path, str(path) if several else str(given["train"]), "train") for path, _ in config.data.train_files]
+    return [*files, *([(config.data.eval, str(given["eval"]), "eval")] if config.data.eval is not None else [])]
 
 
 def _config(path: str | Path, overrides: Sequence[str], kind: str | None) -> RunConfig:
@@ -153,6 +160,8 @@ def _candidates(path: str | Path, overrides: Sequence[str]) -> Sequence[str]:
         return ("ppo",)
     data: Any = settings.values.get("data")
     given = data.get("train") if isinstance(data, Mapping) else None
+    if isinstance(given, list) and given:
+        given = given[0].get("path") if isinstance(given[0], Mapping) else given[0]
     files = [folder / str(given) for folder in (Path.cwd(), Path(path).resolve().parent)] if given else []
     row = next((read_first_row(file) for file in files if file.is_file()), {})
     if "rejected" in row or "responses" in row or "chosen" in row:

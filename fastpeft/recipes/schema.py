@@ -119,7 +119,8 @@ class DataSection:
     """The JSONL files and how rows become tokens.
 
     Args:
-        train: rows to train on.
+        train: rows to train on; for ``fastpeft sft`` also several files, as a list of paths or of ``{path: a.jsonl,
+            weight: 0.7}``, where weights are the shares of an epoch's rows that come from each.
         eval: held-out rows for the evaluation loss, which is measured every epoch unless ``train`` says otherwise.
         eval_fraction: in place of ``eval``, the share of the training rows to hold out, rows of one prompt together.
         cache_dir: a folder for tokens (``fastpeft sft``): made once by worker processes, then mapped into memory.
@@ -127,12 +128,20 @@ class DataSection:
         on_bad_row: "error" stops at rows that cannot be used, "skip" leaves them out and counts them.
     """
 
-    train: Path
+    train: Path | list[Path | dict[str, Any]]
     eval: Path | None = None
     eval_fraction: float | None = None
     cache_dir: Path | None = None
     max_length: int = 1024
     on_bad_row: Literal["error", "skip"] = "error"
+
+    @property
+    def train_files(self) -> list[tuple[Path, float | None]]:
+        """The files to train on, with their weights where they have some."""
+        if isinstance(self.train, Path):
+            return [(self.train, None)]
+        given: list[dict[str, Any]] = [file if isinstance(file, dict) else {"path": file} for file in self.train]
+        return [(Path(file["path"]), file.get("weight")) for file in given]
 
     @property
     def evaluates(self) -> bool:
@@ -279,6 +288,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), kind: str = "sf
         if kind != "sft":
             raise UserError(f"{settings.origin('data', 'cache_dir')}: data.cache_dir is for fastpeft sft; leave it out")
     data_section = DataSection(**data)
+    if kind != "sft" and not isinstance(data_section.train, Path):
+        raise UserError(f"{settings.origin('data', 'train')}: several files are for fastpeft sft; join them into one")
     _check_eval(settings, data_section)
     if data_section.evaluates:
         train.setdefault("eval_strategy", "steps" if "eval_steps" in train else "epoch")
@@ -454,8 +465,38 @@ def _resolve_paths(settings: Settings, model: dict[str, Any], data: dict[str, An
             elif not full.is_file():
                 problems.append(f"{settings.origin('data', key)}: data.{key}: {path} is a folder; give a JSONL file")
             data[key] = full
+    if isinstance(data.get("train"), list):
+        data["train"] = _resolve_files(settings, data["train"], problems)
     if isinstance(path := model.get("path"), str) and not path.startswith("package:"):
         model["path"] = str(_found(settings, Path(path)) or path)
+
+
+def _resolve_files(settings: Settings, files: list[Any], problems: list[str]) -> list[dict[str, Any]]:
+    """The entries of a list of files with absolute paths; each is checked."""
+    where = settings.origin("data", "train")
+    resolved: list[dict[str, Any]] = []
+    for number, given in enumerate(files):
+        place = f"{where}: data.train[{number}]"
+        file = dict(given) if isinstance(given, dict) else {"path": str(given)}
+        unknown = next((key for key in file if key not in ("path", "weight")), None)
+        weight = file.get("weight")
+        full = _found(settings, Path(file["path"])) if isinstance(file.get("path"), str) else None
+        if unknown is not None or "path" not in file:
+            problems.append(f"{place} is {given}; it takes a path, or path and weight")
+        elif full is None or not full.is_file():
+            problems.append(f"{place}: there is no file {file['path']}")
+        elif weight is not None and (
+            isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf")
+        ):
+            problems.append(f"{place}: weight is {shown(weight)}; it must be a number above 0")
+        else:
+            file["path"] = str(full)
+        resolved.append(file)
+    if not files:
+        problems.append(f"{where}: data.train is an empty list; give it a JSONL file")
+    elif 0 < sum(file.get("weight") is not None for file in resolved) < len(resolved):
+        problems.append(f"{where}: some files of data.train have a weight and some have none; give each one, or none")
+    return resolved
 
 
 def _check_eval(settings: Settings, data: DataSection) -> None:
@@ -465,6 +506,8 @@ def _check_eval(settings: Settings, data: DataSection) -> None:
     where = settings.origin("data", "eval_fraction")
     if not 0 < data.eval_fraction < 1:
         raise UserError(f"{where}: data.eval_fraction is {data.eval_fraction:g}; it must be above 0 and below 1")
+    if not isinstance(data.train, Path):
+        raise UserError(f"{where}: data.eval_fraction is for one file, and data.train is a list; give data.eval a file")
     if data.eval is not None:
         raise UserError(f"{where}: data.eval_fraction and data.eval both say what to evaluate on; give one of them")
 

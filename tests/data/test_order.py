@@ -68,7 +68,7 @@ def test_a_weight_is_how_often_rows_come(plain_tokenizer, weight, times):
     assert found[-4:] == [item["input_ids"] for item in other]
     assert mixed.lengths == [len(ids) for ids in found]
     assert [item["input_ids"] for item in MixedDataset([one, other], [weight, 1])] == found
-    assert mixed[-1] == other[-1] and f"an epoch has {len(mixed)} rows" in mixed.summary()
+    assert mixed[-1] == other[-1] and f"an epoch has {len(mixed)} rows" in mixed.report.summary()
     with pytest.raises(IndexError):
         mixed[len(mixed)]
 
