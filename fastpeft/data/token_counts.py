@@ -65,11 +65,11 @@ class TokenCounter:
     def _count(self, texts: Sequence[str]) -> list[int]:
         words = [self._words(text) for text in texts]
         counts = self._counts
-        new = list(set(chain.from_iterable(words)) - counts.keys())
+        new = [word for word in set(chain.from_iterable(words)) if word not in counts]
         found = dict(zip(new, self._encoded(new), strict=True))
         if len(counts) + len(found) > _KEPT:
             counts.clear()
-            forgotten = list(set(chain.from_iterable(words)) - found.keys())
+            forgotten = [word for word in set(chain.from_iterable(words)) if word not in found]
             found.update(zip(forgotten, self._encoded(forgotten), strict=True))
         counts.update(found)
         return [sum(map(counts.__getitem__, row)) for row in words]
