@@ -183,6 +183,40 @@ def config_init(
 
 
 @app.command()
+def check(
+    config: _Config,
+    overrides: _Overrides = None,
+    kind: Annotated[
+        str | None, typer.Option(help="sft, reward, dpo or ppo; by default as sections and rows tell.")
+    ] = None,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Look at about so many rows of each file, in place of all.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default one for each processor.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 on warnings too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Look for mistakes in a configuration and its data, without training and without the model's weights.
+
+    Exit code 0: nothing would stop a run; 1: something would, such as bad rows; 2: it cannot be read.
+    """
+    from rich.console import Console
+
+    from fastpeft.recipes import run_check
+    from fastpeft.recipes.check import described
+
+    report = run_check(config, overrides or (), kind=kind, sample=sample, workers=workers)
+    if as_json:
+        print(report.as_json())
+    else:
+        console = Console(highlight=False, soft_wrap=True)
+        for line in described(report):
+            console.print(line)
+    if report.errors or (strict and report.findings):
+        raise typer.Exit(1)
+
+
+@app.command()
 def generate(
     run: Annotated[Path | None, typer.Argument(help="A run folder of 'fastpeft sft'.")] = None,
     model: Annotated[str | None, typer.Option(help="Instead of a run: folder, hub id or package:NAME.")] = None,

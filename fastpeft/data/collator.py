@@ -26,6 +26,10 @@ class SFTCollator:
     order, every position t at which some row's label at t + 1 is a target. A model called with
     ``logits_to_keep=loss_positions`` runs its output layer, often the dearest product of a small model, on these
     positions alone; the loss is the same.
+
+    Items of a `PackedDataset` have ``position_ids`` too. Their batch has no ``attention_mask``: the positions, which
+    begin again with each row, say who attends to whom, and padding is a row of its own. ``num_tokens``, int64 ``(b,)``,
+    counts the tokens without it.
     """
 
     pad_token_id: int
@@ -52,10 +56,13 @@ class SFTCollator:
             input_ids[row, :length] = torch.as_tensor(item["input_ids"])
             labels[row, :length] = torch.as_tensor(item["labels"])
             attention_mask[row, :length] = 1
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        if "position_ids" in items[0]:
+            position_ids = torch.arange(width).repeat(len(items), 1)
+            for row, (item, length) in enumerate(zip(items, lengths, strict=True)):
+                position_ids[row, :length] = torch.as_tensor(item["position_ids"])
+                position_ids[row, length:] -= length
+            batch["position_ids"], batch["num_tokens"] = position_ids, batch.pop("attention_mask").sum(dim=1)
         is_target = (labels != IGNORE_INDEX).any(dim=0)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "labels": labels,
-            "loss_positions": is_target[1:].nonzero().flatten(),
-        }
+        batch["loss_positions"] = is_target[1:].nonzero().flatten()
+        return batch

@@ -102,6 +102,10 @@ class PreferenceDataset(Dataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
 
+    def select(self, indices: Sequence[int]) -> PreferenceDataset:
+        """Some of the rows, in the order given, without a reference; the report stays that of all."""
+        return PreferenceDataset([self._items[index] for index in indices], self.report)
+
     def attach_reference(self, logps: list[list[float]] | None) -> None:
         """Add a log-probability of each completion under a reference, or take them away.
 
@@ -161,7 +165,7 @@ def build_preference_dataset(
     report.without_pairs = len(found.records) - len(usable)
     encoded: dict[str, list[Row]] = {}
     complaints: list[str] = []
-    records = [record for comparison in usable for record in _records(comparison, encoder)]
+    records = [record for comparison in usable for record in records_of(comparison, encoder)]
     for row in encode_all(encoder, records, complaints):
         encoded.setdefault(row.record.where, []).append(row)
     report.complaints += dict.fromkeys(complaints)  # a prompt that the template refuses is so with every answer
@@ -170,7 +174,7 @@ def build_preference_dataset(
         rows = encoded.get(comparison.where, [])
         if len(rows) < len(comparison.responses):
             continue
-        item = _fit_together(rows, encoder, max_length)
+        item = fit_together(rows, encoder, max_length)
         if item is None:
             report.dropped_too_long += 1
             continue
@@ -188,8 +192,8 @@ def build_preference_dataset(
     return PreferenceDataset(items, report)
 
 
-def _records(comparison: Comparison, encoder: Encoder) -> list[Record]:
-    """Prompt and answer as one record for each answer."""
+def records_of(comparison: Comparison, encoder: Encoder) -> list[Record]:
+    """Prompt and answer of a comparison, as one record for each answer."""
     prompt = comparison.prompt
     if comparison.text is not None and not encoder.has_template:
         prompt = (Message("user", comparison.text),)
@@ -198,7 +202,7 @@ def _records(comparison: Comparison, encoder: Encoder) -> list[Record]:
     return [Record((*prompt, Message("assistant", text)), comparison.where, separator) for text in comparison.responses]
 
 
-def _fit_together(
+def fit_together(
     rows: Sequence[Row], encoder: Encoder, max_length: int
 ) -> tuple[array[int], list[array[int]], bool] | None:
     """Prompt and completions, the prompt cut for the longest of them; None if that is too long by itself."""

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+PROMPT_KEYS = "one of the keys 'prompt', 'input' or 'messages'"
+
+
 @dataclass
 class PromptReport:
     """What became of a source's rows."""
@@ -64,6 +67,25 @@ class PromptDataset(Dataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self._items)
 
+    def select(self, indices: Sequence[int]) -> PromptDataset:
+        """Some of the prompts, in the order given; the report stays that of all."""
+        return PromptDataset([self._items[index] for index in indices], self.report)
+
+
+def parse_prompt(row: Mapping[str, Any], where: str) -> tuple[Record, Mapping[str, Any]]:
+    """Check one row; the record of its prompt, and the row.
+
+    Args:
+        row: the decoded JSON object.
+        where: where it came from.
+    Raises:
+        RowError: the row is not of a known form, or holds no prompt.
+    """
+    record = parse_row(row, where, for_prompt=True)
+    if not any(turn.content.strip() for turn in record.turns if turn.role != "assistant"):
+        raise RowError("the prompt is empty; there is nothing to answer")
+    return record, row
+
 
 def build_prompt_dataset(
     source: str | Path | Sequence[Mapping[str, Any]],
@@ -85,16 +107,7 @@ def build_prompt_dataset(
     Raises:
         UserError: the source cannot be read, has bad rows, or no row of it can be used.
     """
-
-    def parse(row: Mapping[str, Any], where: str) -> tuple[Record, Mapping[str, Any]]:
-        record = parse_row(row, where, for_prompt=True)
-        if not any(turn.content.strip() for turn in record.turns if turn.role != "assistant"):
-            raise RowError("the prompt is empty; there is nothing to answer")
-        return record, row
-
-    found = read_checked(
-        source, parse, "one of the keys 'prompt', 'input' or 'messages'", on_bad_row=on_bad_row, name=name
-    )
+    found = read_checked(source, parse_prompt, PROMPT_KEYS, on_bad_row=on_bad_row, name=name)
     report = PromptReport(found.name, max_length, complaints=found.complaints)
     items = []
     for record, row in found.records:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 _PAIRS = (("input", "output"), ("prompt", "completion"))
 _FORMS: tuple[tuple[str, ...], ...] = (("messages",), *_PAIRS)
 _FORMS_IN_WORDS = "'input' and 'output', 'prompt' and 'completion', or 'messages'"
+SFT_KEYS = f"the keys {_FORMS_IN_WORDS}"
 _PROMPT_KEYS = ("input", "prompt", "messages")
 _PROMPTS_IN_WORDS = "'input', 'prompt' or 'messages'"
 _SHOWN_COMPLAINTS = 10
@@ -116,8 +118,7 @@ def read_records(
     Raises:
         UserError: the source is missing or empty, or has a bad row and ``on_bad_row`` is ``"error"``, or only bad rows.
     """
-    needed = f"the keys {_FORMS_IN_WORDS}"
-    return read_checked(source, parse_row, needed, limit=limit, on_bad_row=on_bad_row, name=name)
+    return read_checked(source, parse_row, SFT_KEYS, limit=limit, on_bad_row=on_bad_row, name=name)
 
 
 def read_checked(
@@ -218,6 +219,15 @@ def read_text_lines(path: str | Path) -> list[str]:
     return lines
 
 
+def read_first_row(path: Path) -> Mapping[str, Any]:
+    """The object on a file's first line; an empty one where that is no object, which others complain of."""
+    try:
+        _, line = next(_lines_of_file(path), (0, b"{}"))
+        return parse_line(line, "")
+    except (UserError, RowError):
+        return {}
+
+
 def describe_complaints(name: str, complaints: Sequence[str], good: int, *, may_skip: bool = True) -> str:
     """One message for several bad rows: how many, then the first ten, one a line.
 
@@ -297,7 +307,7 @@ def _recognise(row: Mapping[str, Any], for_prompt: bool) -> tuple[str, ...]:
 
 
 def _needed_keys(for_prompt: bool) -> str:
-    return f"one of the keys {_PROMPTS_IN_WORDS}" if for_prompt else f"the keys {_FORMS_IN_WORDS}"
+    return f"one of the keys {_PROMPTS_IN_WORDS}" if for_prompt else SFT_KEYS
 
 
 def near_names(wanted: Sequence[str], found: Sequence[str]) -> dict[str, str]:
@@ -370,7 +380,7 @@ def _rows_of_file(path: Path, name: str, needed: str) -> Iterator[tuple[str, Map
         if number == 1:
             _check_one_object_a_line(line, path)
         try:
-            yield f"{name}:{number}", _parse_line(line, needed)
+            yield f"{name}:{number}", parse_line(line, needed)
         except RowError as complaint:
             yield f"{name}:{number}", complaint
 
@@ -385,6 +395,14 @@ def _lines_of_file(path: Path) -> Iterator[tuple[int, bytes]]:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line and not line.isspace():
                 yield number, line
+
+
+def check_json_lines(path: Path) -> None:
+    """Raise UserError for what is no JSON Lines file, as its first line tells, or has no line."""
+    _, line = next(_lines_of_file(path), (0, b""))
+    if not line:
+        raise UserError(f"{path}: it is empty; it needs rows, one JSON object a line")
+    _check_one_object_a_line(line, path)
 
 
 def _check_file(path: Path) -> None:
@@ -423,6 +441,8 @@ def _check_one_object_a_line(line: bytes, path: Path) -> None:
     first = line.strip()
     if first == b"{":
         raise UserError(f"{path}: its first object goes over several lines; JSON Lines has one object a line")
+    if b"," in first and first[:1].isalpha():
+        raise UserError(f"{path}: its first line reads like the head of a CSV table; convert it to JSON Lines first")
     if first[:1] == b"[":
         raise UserError(f"{path} begins with '[', a JSON list; JSON Lines has one object a line and no list around")
 
@@ -436,18 +456,44 @@ def _decode(line: bytes) -> str:
         ) from None
 
 
-def _parse_line(line: bytes, needed: str) -> Mapping[str, Any]:
+def parse_line(line: bytes, needed: str) -> Mapping[str, Any]:
+    """The object on a line.
+
+    Args:
+        line: its bytes.
+        needed: the keys of such rows, for messages.
+    Raises:
+        RowError: it is not UTF-8, not JSON, or not an object.
+    """
     text = _decode(line)
+    if "\0" in text:
+        raise RowError("the line has zero bytes, as after a crash or in UTF-32; write the file again, as UTF-8")
     try:
         row = json.loads(text, object_pairs_hook=_no_duplicates)
     except json.JSONDecodeError as error:
-        told = f"{_lower_first(error.msg)} at column {error.pos + 1}: {_excerpt(text, error.pos)}"
+        mistake, at = _json_mistake(error, text)
+        told = f"{mistake} at column {at + 1}: {_excerpt(text, at)}"
         raise RowError(f"not valid JSON: {told}") from None
     except (ValueError, RecursionError) as error:
         raise RowError(f"not valid JSON: {_lower_first(str(error))}") from None
     if not isinstance(row, dict):
         raise RowError(f"the line is {json_type(row)}; it must be an object with {needed}")
     return row
+
+
+def _json_mistake(error: json.JSONDecodeError, text: str) -> tuple[str, int]:
+    """What is wrong and where, in the same words for every version of Python."""
+    comma = re.compile(r",\s*(?=[}\]])").search(text, max(0, error.pos - 1))  # 3.13 points at it, others behind it
+    if comma is not None and comma.start() <= error.pos <= comma.end():
+        return "a comma before the closing bracket", comma.end()
+    mistake = _lower_first(error.msg)
+    if text.startswith("'", error.pos):
+        mistake = "single quotes (keys and texts stand in double quotes)"
+    elif error.msg.startswith("Unterminated string"):
+        mistake = "a text that does not end on its line, begun"
+    elif error.msg == "Extra data":
+        mistake = "a second value on one line"
+    return mistake, error.pos
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

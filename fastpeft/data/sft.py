@@ -6,6 +6,7 @@ row that is too long. A row whose answer and EOS alone are too long is dropped a
 
 from __future__ import annotations
 
+import copy
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from fastpeft.data.layout import Encoder, encode_all, fit
-from fastpeft.data.records import OnBadRow, describe_complaints, read_records
+from fastpeft.data.records import OnBadRow, Record, describe_complaints, read_records
 from fastpeft.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,7 +44,17 @@ class DataReport:
     prompt_tokens: int = 0
     output_tokens: int = 0
     longest: int = 0
+    shortest_dropped: int = 0
     complaints: list[str] = field(default_factory=list)
+
+    def finish(self, on_bad_row: OnBadRow) -> None:
+        """Sum up, and raise UserError if bad rows stop a run or no row is left."""
+        self.bad_rows = len(self.complaints)
+        self.rows = self.kept + self.dropped_too_long + self.bad_rows
+        if self.complaints and on_bad_row == "error":
+            raise UserError(describe_complaints(self.name, self.complaints, self.rows - self.bad_rows))
+        if not self.kept:
+            raise UserError(_nothing_left(self))
 
     def summary(self) -> str:
         """A line on what was kept, and a line for each thing a person should know."""
@@ -83,17 +94,18 @@ class SFTDataset(Dataset[dict[str, list[int]]]):
     ) -> None:
         self._tokens = tokens
         self._is_target = is_target
-        self._offsets = offsets
+        self._starts, self._lengths = offsets[:-1], offsets.diff()
         self.report = report
 
     def __len__(self) -> int:
-        return len(self._offsets) - 1
+        return len(self._starts)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of a data set of {len(self)} rows")
         index %= len(self)
-        span = slice(int(self._offsets[index]), int(self._offsets[index + 1]))
+        start = int(self._starts[index])
+        span = slice(start, start + int(self._lengths[index]))
         tokens = self._tokens[span]
         return {
             "input_ids": tokens.tolist(),
@@ -103,10 +115,17 @@ class SFTDataset(Dataset[dict[str, list[int]]]):
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
         return (self[index] for index in range(len(self)))
 
+    def select(self, indices: Sequence[int]) -> SFTDataset:
+        """Some of the rows, in the order given, without a copy of their tokens; the report stays that of all."""
+        places = torch.tensor(indices, dtype=torch.int64)
+        some = copy.copy(self)
+        some._starts, some._lengths = self._starts[places], self._lengths[places]
+        return some
+
     @property
     def lengths(self) -> list[int]:
         """Tokens of each row, for samplers that group rows of like length."""
-        lengths: list[int] = self._offsets.diff().tolist()
+        lengths: list[int] = self._lengths.tolist()
         return lengths
 
 
@@ -131,48 +150,64 @@ def build_sft_dataset(
     Raises:
         UserError: the source cannot be read, has bad rows, or no row of it can be used.
     """
-    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
-        raise UserError(f"build_sft_dataset: max_length is {max_length!r}; it must be a whole number of 2 or more")
+    check_options(max_length, on_bad_row, "build_sft_dataset")
     found = read_records(source, on_bad_row=on_bad_row, name=name)
-    report = DataReport(found.name, max_length, complaints=found.complaints)
-    encoder = Encoder(tokenizer)
-    tokens, is_target, offsets = array("i"), bytearray(), array("q", [0])
-    shortest_answer = 0
-    for row in encode_all(encoder, found.records, report.complaints):
-        row, was_cut = fit(row, encoder, max_length)
-        if len(row.ids) > max_length:
-            report.dropped_too_long += 1
-            shortest_answer = min(shortest_answer or row.answer_length, row.answer_length)
-            continue
-        flags = row.target_flags()
-        report.cut_prompts += was_cut
-        report.empty_outputs += any(turn.role == "assistant" and not turn.content for turn in row.record.turns)
-        report.longest = max(report.longest, len(row.ids))
-        report.output_tokens += sum(flags)
-        tokens.extend(row.ids)
-        is_target.extend(flags)
-        offsets.append(len(tokens))
-    if report.complaints and on_bad_row == "error":
-        raise UserError(describe_complaints(found.name, report.complaints, len(found.records) - len(report.complaints)))
-    report.kept = len(offsets) - 1
-    report.bad_rows = len(report.complaints)
-    report.rows = report.kept + report.dropped_too_long + report.bad_rows
-    report.prompt_tokens = len(tokens) - report.output_tokens
-    if not report.kept:
-        raise UserError(_nothing_left(report, shortest_answer))
+    rows = TokenRows(DataReport(found.name, max_length, complaints=found.complaints))
+    rows.add(found.records, Encoder(tokenizer))
+    rows.report.finish(on_bad_row)
     return SFTDataset(
-        torch.frombuffer(tokens, dtype=torch.int32),
-        torch.frombuffer(is_target, dtype=torch.bool),
-        torch.frombuffer(offsets, dtype=torch.int64),
-        report,
+        torch.frombuffer(rows.tokens, dtype=torch.int32),
+        torch.frombuffer(rows.is_target, dtype=torch.bool),
+        torch.frombuffer(rows.offsets, dtype=torch.int64),
+        rows.report,
     )
 
 
-def _nothing_left(report: DataReport, shortest_answer: int) -> str:
+def check_options(max_length: int, on_bad_row: str, function: str) -> None:
+    """Raise UserError for what is no length and no way with bad rows."""
+    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
+        raise UserError(f"{function}: max_length is {max_length!r}; it must be a whole number of 2 or more")
+    if on_bad_row not in ("error", "skip"):
+        raise UserError(f"on_bad_row is {on_bad_row!r}; it must be 'error' or 'skip'")
+
+
+class TokenRows:
+    """Token rows one after another, and the report on how they came to be.
+
+    Args:
+        report: counts what becomes of each record.
+    """
+
+    def __init__(self, report: DataReport) -> None:
+        self.report = report
+        self.tokens, self.is_target, self.offsets = array("i"), bytearray(), array("q", [0])
+
+    def add(self, records: Sequence[Record], encoder: Encoder) -> None:
+        """Tokenise records and make them fit; what the template refuses becomes a complaint."""
+        report = self.report
+        for row in encode_all(encoder, records, report.complaints):
+            row, was_cut = fit(row, encoder, report.max_length)
+            if len(row.ids) > report.max_length:
+                report.dropped_too_long += 1
+                report.shortest_dropped = min(report.shortest_dropped or row.answer_length, row.answer_length)
+                continue
+            flags = row.target_flags()
+            report.kept += 1
+            report.cut_prompts += was_cut
+            report.empty_outputs += any(turn.role == "assistant" and not turn.content for turn in row.record.turns)
+            report.longest = max(report.longest, len(row.ids))
+            report.output_tokens += sum(flags)
+            report.prompt_tokens += len(row.ids) - sum(flags)
+            self.tokens.extend(row.ids)
+            self.is_target.extend(flags)
+            self.offsets.append(len(self.tokens))
+
+
+def _nothing_left(report: DataReport) -> str:
     if report.dropped_too_long:
         return (
             f"{report.name}: no row is left to train on: {report.dropped_too_long} of {report.rows} rows have an "
-            f"output of more than max_length={report.max_length} tokens (the shortest needs {shortest_answer}); "
-            "raise max_length"
+            f"output of more than max_length={report.max_length} tokens (the shortest needs "
+            f"{report.shortest_dropped}); raise max_length"
         )
     return describe_complaints(report.name, report.complaints, 0)

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastpeft.recipes.check import CheckReport, Finding, run_check
     from fastpeft.recipes.config_files import json_schema, starting_file
     from fastpeft.recipes.export import Export, base_of_adapter, run_export
     from fastpeft.recipes.generate import converse, generate_answers, load_for_generation, read_prompts
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
     from fastpeft.recipes.sft import run_sft
 
 __all__ = [
+    "CheckReport",
     "DataSection",
     "Export",
+    "Finding",
     "ModelConfig",
     "NemoRun",
     "PeftSection",
@@ -51,6 +54,7 @@ __all__ = [
     "plot_run",
     "read_model_config",
     "read_prompts",
+    "run_check",
     "run_config",
     "run_dpo",
     "run_export",
@@ -62,6 +66,8 @@ __all__ = [
 ]
 
 _FILES = {
+    "CheckReport": "check",
+    "Finding": "check",
     "Export": "export",
     "NemoRun": "nemo_yaml",
     "base_of_adapter": "export",
@@ -75,6 +81,7 @@ _FILES = {
     "load_tokenizer": "load",
     "plot_run": "plot",
     "read_prompts": "generate",
+    "run_check": "check",
     "run_export": "export",
     "run_config": "preferences",
     "run_dpo": "preferences",

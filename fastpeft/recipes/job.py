@@ -17,6 +17,7 @@ from typing import Any, Literal
 import transformers
 from torch import nn
 
+from fastpeft.data import leak_warning, split_dataset
 from fastpeft.errors import UserError
 from fastpeft.methods import AdapterConfig, FullConfig, get_peft_model
 from fastpeft.methods.inject import plan_adapter
@@ -102,6 +103,12 @@ def run_job(config: RunConfig, job: Job, say: Callable[[str], None] | None = Non
     for rows in (train_rows, eval_rows):
         if rows is not None:
             say(rows.report.summary())
+    if config.data.eval_fraction is not None:
+        split = split_dataset(train_rows, config.data.eval_fraction, args.seed)
+        train_rows, eval_rows = split.train, split.held_out
+        say(split.summary())
+    elif eval_rows is not None and (warning := leak_warning(train_rows, eval_rows)):
+        say(warning)
     with _complaints_name_lines(config, "model"):
         base_config = read_config(config.model)
     with _complaints_name_lines(config, "peft"):
@@ -152,7 +159,7 @@ def _say_nothing(line: str) -> None:
 
 
 def _dataset(config: RunConfig, job: Job, key: str, tokenizer: transformers.PreTrainedTokenizerBase) -> Any:
-    room = config.data.max_length - config.peft.virtual_tokens
+    room = config.text_length
     if room < _SHORTEST:
         raise UserError(
             f"{config.settings.origin('data', 'max_length')}: data.max_length is {config.data.max_length}, and the "

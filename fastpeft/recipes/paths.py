@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastpeft.recipes.yaml_file import Settings
+from fastpeft.recipes.yaml_file import Settings, shown
 
 ADAPTER_CONFIGS = ("adapter_config.json", "fastpeft_adapter.json")  # the second is a bottleneck adapter's
 RUN_FOLDER = "a folder for the run, such as runs/first"
@@ -62,8 +62,38 @@ def resolve_paths(settings: Settings, model: dict[str, Any], data: dict[str, Any
             elif not full.is_file():
                 problems.append(f"{settings.origin('data', key)}: data.{key}: {path} is a folder; give a JSONL file")
             data[key] = full
+    if isinstance(data.get("train"), list):
+        data["train"] = _resolve_files(settings, data["train"], problems)
     if isinstance(path := model.get("path"), str) and not path.startswith("package:"):
         model["path"] = str(found(settings, Path(path)) or path)
+
+
+def _resolve_files(settings: Settings, files: list[Any], problems: list[str]) -> list[dict[str, Any]]:
+    """The entries of a list of files with absolute paths; each is checked."""
+    where = settings.origin("data", "train")
+    resolved: list[dict[str, Any]] = []
+    for number, given in enumerate(files):
+        place = f"{where}: data.train[{number}]"
+        file = dict(given) if isinstance(given, dict) else {"path": str(given)}
+        unknown = next((key for key in file if key not in ("path", "weight")), None)
+        weight = file.get("weight")
+        full = found(settings, Path(file["path"])) if isinstance(file.get("path"), str) else None
+        if unknown is not None or "path" not in file:
+            problems.append(f"{place} is {given}; it takes a path, or path and weight")
+        elif full is None or not full.is_file():
+            problems.append(f"{place}: there is no file {file['path']}")
+        elif weight is not None and (
+            isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf")
+        ):
+            problems.append(f"{place}: weight is {shown(weight)}; it must be a number above 0")
+        else:
+            file["path"] = str(full)
+        resolved.append(file)
+    if not files:
+        problems.append(f"{where}: data.train is an empty list; give it a JSONL file")
+    elif 0 < sum(file.get("weight") is not None for file in resolved) < len(resolved):
+        problems.append(f"{where}: some files of data.train have a weight and some have none; give each one, or none")
+    return resolved
 
 
 def resolve_output_dir(settings: Settings, train: dict[str, Any], problems: list[str]) -> None:

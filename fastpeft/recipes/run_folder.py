@@ -262,7 +262,7 @@ def _spare_inputs(config: RunConfig, made: Iterable[Path], *, deleted: bool) -> 
     """
     inputs: dict[str, str | Path | None] = {
         "model.path": config.model.path,
-        "data.train": config.data.train,
+        **{f"data.train ({path.name})": path for path, _ in config.data.train_files},
         "data.eval": config.data.eval,
         "peft.adapter": config.peft.adapter,
         "reward.adapter": config.reward.adapter,

@@ -124,14 +124,14 @@ def check_settings(settings: Settings, kind: str = "sft") -> RunConfig:
 
     peft_section, model_config = read_peft(settings, peft, _model_config(settings, model))
     resume, overwrite = train.pop("resume", False), train.pop("overwrite", False)
-    data_section = DataSection(**data)
-    if data_section.eval is not None:
+    data_section = _data_section(settings, data, kind)
+    if data_section.evaluates:
         train.setdefault("eval_strategy", "steps" if "eval_steps" in train else "epoch")
     args = _trainer_config(settings, train, data_section, *KINDS[kind])
-    if data_section.eval is None and args.eval_strategy != "no":
+    if not data_section.evaluates and args.eval_strategy != "no":
         raise UserError(
             f"{settings.origin('train', 'eval_strategy')}: train.eval_strategy is {train['eval_strategy']!r}, and "
-            "there is nothing to evaluate on; give data.eval a JSONL file"
+            "there is nothing to evaluate on; give data.eval a JSONL file, or data.eval_fraction a share of the rows"
         )
     train_section = TrainSection(args, resume, overwrite)
     return RunConfig(model_config, peft_section, data_section, train_section, settings, kind, RewardSection(**reward))
@@ -158,6 +158,31 @@ def read_model_config(settings: Settings) -> ModelConfig:
 def _nowhere(key: str) -> str:
     """Of sections whose keys stand nowhere else."""
     return ""
+
+
+def _data_section(settings: Settings, values: dict[str, Any], kind: str) -> DataSection:
+    if isinstance(values.get("cache_dir"), Path):
+        values["cache_dir"] = values["cache_dir"].expanduser().absolute()
+        if kind != "sft":
+            raise UserError(f"{settings.origin('data', 'cache_dir')}: data.cache_dir is for fastpeft sft; leave it out")
+    data = DataSection(**values)
+    if kind != "sft" and not isinstance(data.train, Path):
+        raise UserError(f"{settings.origin('data', 'train')}: several files are for fastpeft sft; join them into one")
+    _check_eval(settings, data)
+    return data
+
+
+def _check_eval(settings: Settings, data: DataSection) -> None:
+    """Refuse a fraction that is none, or stands beside a file."""
+    if data.eval_fraction is None:
+        return
+    where = settings.origin("data", "eval_fraction")
+    if not 0 < data.eval_fraction < 1:
+        raise UserError(f"{where}: data.eval_fraction is {data.eval_fraction:g}; it must be above 0 and below 1")
+    if not isinstance(data.train, Path):
+        raise UserError(f"{where}: data.eval_fraction is for one file, and data.train is a list; give data.eval a file")
+    if data.eval is not None:
+        raise UserError(f"{where}: data.eval_fraction and data.eval both say what to evaluate on; give one of them")
 
 
 def _model_config(settings: Settings, values: dict[str, Any]) -> ModelConfig:

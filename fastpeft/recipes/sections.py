@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -110,16 +110,34 @@ class DataSection:
     """The JSONL files and how rows become tokens.
 
     Args:
-        train: rows to train on.
+        train: rows to train on; for ``fastpeft sft`` also several files, as a list of paths or of ``{path: a.jsonl,
+            weight: 0.7}``, where weights are the shares of an epoch's rows that come from each.
         eval: held-out rows for the evaluation loss, which is measured every epoch unless ``train`` says otherwise.
+        eval_fraction: in place of ``eval``, the share of the training rows to hold out, rows of one prompt together.
+        cache_dir: a folder for tokens (``fastpeft sft``): made once by worker processes, then mapped into memory.
         max_length: tokens a row may have; a longer row loses the start of its prompt, never of its answer.
         on_bad_row: "error" stops at rows that cannot be used, "skip" leaves them out and counts them.
     """
 
-    train: Path
+    train: Path | list[Path | dict[str, Any]]
     eval: Path | None = None
+    eval_fraction: float | None = None
+    cache_dir: Path | None = None
     max_length: int = 1024
     on_bad_row: Literal["error", "skip"] = "error"
+
+    @property
+    def train_files(self) -> list[tuple[Path, float | None]]:
+        """The files to train on, with their weights where they have some."""
+        if isinstance(self.train, Path):
+            return [(self.train, None)]
+        given: list[dict[str, Any]] = [file if isinstance(file, dict) else {"path": file} for file in self.train]
+        return [(Path(file["path"]), file.get("weight")) for file in given]
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there are held-out rows."""
+        return self.eval is not None or self.eval_fraction is not None
 
 
 @dataclass(frozen=True)
@@ -166,6 +184,11 @@ class RunConfig:
     def output_dir(self) -> Path:
         """The run folder."""
         return Path(str(self.train.args.output_dir))
+
+    @property
+    def text_length(self) -> int:
+        """Tokens that a row may have beside virtual ones."""
+        return self.data.max_length - self.peft.virtual_tokens
 
     def to_yaml(self) -> str:
         """The settings with defaults, references and paths filled in: the run folder's ``config.yaml``.

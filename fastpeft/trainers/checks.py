@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 # Methods of transformers.Trainer, not part of its public interface, that our trainers override.
 _HOOKS = (
     "_get_grad_norm",
+    "_get_train_sampler",
     "_load_best_model",
     "_load_from_checkpoint",
     "_load_optimizer_and_scheduler",
@@ -72,4 +73,38 @@ def check_model(model: nn.Module, trainer: str) -> None:
             "with dtype=torch.float32 and set bf16: true",
             trainer,
             f"{half:,}",
+        )
+
+
+@torch.no_grad()
+def check_packing(model: nn.Module, trainer: str) -> None:
+    """Refuse a model in which rows that share a sequence would see each other, by looking.
+
+    Two sequences of two rows each differ in the first row alone; what the model says of the second has to be the same.
+
+    Args:
+        model: a causal language model, where it will be trained.
+        trainer: name of the trainer, for messages.
+    Raises:
+        UserError: the second row saw the first, or the model has virtual tokens, which begin a sequence only.
+    """
+    virtual = getattr(model, "num_virtual_tokens", 0)
+    if virtual:
+        raise UserError(
+            f"{trainer}: packing puts several rows into one sequence, and the adapter's {virtual} virtual tokens begin "
+            "only the first of them; leave packing out"
+        )
+    device = next(model.parameters()).device
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [4, 3, 2, 1, 5, 6, 7]], device=device)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]], device=device).expand(2, -1)
+    was_training = model.training
+    model.eval()
+    try:
+        logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 4:].float()
+    finally:
+        model.train(was_training)
+    if not torch.allclose(logits[0], logits[1], rtol=1e-2, atol=1e-2 * float(logits.std())):
+        raise UserError(
+            f"{trainer}: with packing, the rows of a sequence see each other in this model (its layers do not go by "
+            "position_ids: state-space and convolution layers, or attention of their own); leave packing out"
         )

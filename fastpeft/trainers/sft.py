@@ -19,14 +19,26 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from fastpeft.data import IGNORE_INDEX, SFTCollator, SFTDataset, build_sft_dataset
+from fastpeft.data import (
+    IGNORE_INDEX,
+    ComputedShuffle,
+    LengthGrouped,
+    PackedDataset,
+    SFTCollator,
+    SFTDataset,
+    build_sft_dataset,
+)
 from fastpeft.errors import UserError
 from fastpeft.models import has_fused_loss, report
 from fastpeft.trainers.base import BaseTrainer
+from fastpeft.trainers.checks import check_packing
 from fastpeft.trainers.config import BaseConfig
 from fastpeft.trainers.losses import token_nll
 
+_MANY_ROWS = 1 << 22  # of more, a shuffle is computed and not stored: torch's takes 40 bytes a row
 _SHORTEST = 8  # tokens; a row has at least a prompt, an answer and EOS
+
+_NOT_THE_MODELS = ("labels", "loss_positions", "num_tokens")  # what a batch has beside a model's arguments
 
 Source = str | Path | Iterable[Mapping[str, Any]] | Dataset[Any]
 
@@ -39,6 +51,8 @@ class SFTConfig(BaseConfig):
         max_length: tokens a row may have, an adapter's virtual tokens included; longer rows lose prompt, never answer.
         on_bad_row: ``"error"`` to list a file's bad rows and stop, ``"skip"`` to leave them out.
         pad_to_multiple_of: batches are padded to a multiple of this many tokens.
+        packing: put several training rows into one sequence of up to ``max_length`` tokens, where they do not see each
+            other (`fastpeft.data.packing`); ``per_device_train_batch_size`` then counts sequences.
     Raises:
         UserError: a value out of range.
     """
@@ -46,6 +60,7 @@ class SFTConfig(BaseConfig):
     max_length: int = field(default=1024, metadata={"help": "tokens a row may have"})
     on_bad_row: str = field(default="error", metadata={"help": "'error' or 'skip'"})
     pad_to_multiple_of: int = field(default=8, metadata={"help": "pad batches to a multiple of this"})
+    packing: bool = field(default=False, metadata={"help": "put several rows into one sequence"})
 
     def __post_init__(self) -> None:
         if self.max_length < _SHORTEST:
@@ -99,6 +114,9 @@ class SFTTrainer(BaseTrainer):
         )
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self._base = base
+        if self.args.packing:
+            with self.compute_loss_context_manager():
+                check_packing(model, type(self).__name__)
         self._selects_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
 
     # Data.
@@ -109,7 +127,7 @@ class SFTTrainer(BaseTrainer):
             return None
         if isinstance(source, Dataset):
             _check_tokenised(source, argument)
-            return source
+            return self._packed(source, argument)
         if not isinstance(source, (str, Path, Iterable)) or isinstance(source, (Mapping, bytes)):
             raise UserError(
                 f"SFTTrainer: {argument} is a {type(source).__name__}; give the path of a JSONL file, a list of rows, "
@@ -130,7 +148,32 @@ class SFTTrainer(BaseTrainer):
         )
         if self.args.progress and self.args.process_index == 0:
             print(dataset.report.summary(), flush=True)
-        return dataset
+        return self._packed(dataset, argument)
+
+    def _packed(self, dataset: Dataset[Any], argument: str) -> Dataset[Any]:
+        """The training data in sequences of several rows, if the options say so; evaluation goes row by row."""
+        if not self.args.packing or argument != "train_dataset" or isinstance(dataset, PackedDataset):
+            return dataset
+        rows: Any = dataset
+        if not hasattr(rows, "__len__"):
+            raise UserError("SFTTrainer: packing needs to know all rows, and train_dataset has no length; leave it out")
+        lengths = rows.lengths if hasattr(rows, "lengths") else [len(row["input_ids"]) for row in rows]
+        packed = PackedDataset(rows, lengths, self.args.max_length)
+        if self.args.progress and self.args.process_index == 0:
+            print(packed.summary(), flush=True)
+        return packed
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The order of the rows; see `fastpeft.data.order` for what is not transformers'."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        strategy, args = self.args.train_sampling_strategy, self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        if strategy == "group_by_length" and hasattr(dataset, "lengths"):
+            rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            return LengthGrouped(dataset.lengths, rows, seed)
+        if strategy == "random" and hasattr(dataset, "__len__") and len(dataset) > _MANY_ROWS:
+            return ComputedShuffle(len(dataset), seed)
+        return super()._get_train_sampler(train_dataset)
 
     def default_collator(self) -> SFTCollator:
         """Pad with the padding token, or with EOS: padding is masked, so any token would do."""
@@ -169,15 +212,16 @@ class SFTTrainer(BaseTrainer):
 
         Args:
             model: the model, as wrapped for training.
-            inputs: ``input_ids``, ``attention_mask`` and ``labels`` ``(b, t)``; ``loss_positions`` ``(p,)``, where
-                given, are the positions whose next token is a target in some row.
+            inputs: ``input_ids``, ``labels`` and ``attention_mask``, or for packed rows ``position_ids``, ``(b, t)``;
+                ``loss_positions`` ``(p,)``, where given, are the positions whose next token is a target in some row.
             return_outputs: give the model's outputs too.
             num_items_in_batch: targets of the whole step; those of this micro-batch if None.
         """
         nll, targets, correct, outputs = self._forward(model, inputs)
         if correct is not None:
             self.meter.add("mean_token_accuracy", correct, targets)
-        self.meter.add("tokens", inputs["attention_mask"].sum())
+        counted = inputs["num_tokens"] if "num_tokens" in inputs else inputs["attention_mask"]
+        self.meter.add("tokens", counted.sum())
         # DDP averages gradients over the processes, and the loss is a sum over them.
         scale = 1 if num_items_in_batch is None else self.accelerator.num_processes
         loss = nll * scale / (targets if num_items_in_batch is None else num_items_in_batch)
@@ -191,7 +235,7 @@ class SFTTrainer(BaseTrainer):
         """
         labels = inputs["labels"]
         positions = inputs.get("loss_positions")
-        arguments: dict[str, Any] = {k: v for k, v in inputs.items() if k not in ("labels", "loss_positions")}
+        arguments: dict[str, Any] = {k: v for k, v in inputs.items() if k not in _NOT_THE_MODELS}
         if positions is None:
             positions = torch.arange(labels.shape[1] - 1, device=labels.device)
         elif self._selects_logits:
@@ -201,7 +245,7 @@ class SFTTrainer(BaseTrainer):
             arguments.update(labels=labels, shift_labels=targets, logits_to_keep=positions, num_items_in_batch=1)
             found = report(self._base)
             if isinstance(self.data_collator, SFTCollator) and found is not None and "attention" in found.replaced:
-                del arguments["attention_mask"]  # it pads on the right, where no causal attention looks
+                arguments.pop("attention_mask", None)  # it pads on the right, where no causal attention looks
             count = (targets != IGNORE_INDEX).sum()
             outputs = model(**arguments, use_cache=False, skip_logits=True, count_correct=self._is_logged())
             return outputs.loss, count, outputs.correct, outputs

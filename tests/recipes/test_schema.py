@@ -65,7 +65,8 @@ def test_an_evaluation_file_is_used(job: Path):
         (
             "  max_length:",
             "  zzz:",
-            "job.yaml:11: unknown key 'zzz' in data; the keys are train, eval, max_length, on_bad_row",
+            "job.yaml:11: unknown key 'zzz' in data; "
+            "the keys are train, eval, eval_fraction, cache_dir, max_length, on_bad_row",
         ),
         (
             "dtype: float32",
@@ -133,7 +134,7 @@ def test_an_evaluation_file_is_used(job: Path):
             "save_strategy: no",
             "eval_strategy: steps",
             "job.yaml:18: train.eval_strategy is 'steps', and there is nothing to evaluate on; "
-            "give data.eval a JSONL file",
+            "give data.eval a JSONL file, or data.eval_fraction a share of the rows",
         ),
         (
             "  max_length: 64",
