@@ -14,7 +14,7 @@ from bench.environment import environment
 from bench.report import append_record, format_row, record, summary
 from bench.roofline import Roofs, measure_roofs
 from bench.runner import Row, run_case
-from bench.suites import SUITES, train_step
+from bench.suites import OF_STACKS, SUITES
 from bench.timing import Timer
 from fastpeft.ops import build_info
 
@@ -32,8 +32,9 @@ def main(arguments: list[str] | None = None, results: Path = RESULTS) -> int:
         0; 1 when a row of fastpeft's is wrong or failed; 2 for a mistake in the arguments.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    if train_step.NAME in arguments:
-        return train_step.main([argument for argument in arguments if argument != train_step.NAME], results)
+    for name, suite in OF_STACKS.items():
+        if name in arguments:
+            return suite.main([argument for argument in arguments if argument != name], results)
     options = _parser().parse_args(arguments)
     try:
         names = _suite_names(options.suites)
@@ -52,7 +53,8 @@ def main(arguments: list[str] | None = None, results: Path = RESULTS) -> int:
             for case in cases[name] if options.suites else ():
                 print(f"  {case.id}")
         if not options.suites:
-            print(f"{train_step.NAME}: {train_step.ABOUT}")
+            for suite in OF_STACKS.values():
+                print(f"{suite.NAME}: {suite.ABOUT}")
         return 0
 
     where = environment(device)
@@ -119,7 +121,12 @@ def _roofs_line(roofs: Roofs) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of fastpeft beside its peers.")
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help="suites to run; by default all but train_step")
+    parser.add_argument(
+        "suites",
+        nargs="*",
+        metavar="SUITE",
+        help="suites to run; by default all but those of whole stacks (train_step, decode)",
+    )
     parser.add_argument("--list", action="store_true", help="list the suites, or the cases of the suites given")
     parser.add_argument("--quick", action="store_true", help="a subset of about two minutes on a GPU")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU where there is one")

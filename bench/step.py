@@ -115,7 +115,7 @@ def fastpeft(setup: Setup) -> Stack:
     from fastpeft.models import accelerate, report
     from fastpeft.optim import AdamW
 
-    base = empty_llama(setup, lambda linear: _random_nf4(linear.out_features, linear.in_features, setup))
+    base = empty_llama(setup, lambda linear: random_nf4(linear.out_features, linear.in_features, setup))
     accelerate(base, checkpointing=setup.checkpointing, activation_budget_gb=setup.budget_gb)
     model = get_peft_model(
         base,
@@ -154,7 +154,7 @@ def empty_llama(setup: Setup, make: Callable[[nn.Linear], nn.Module]) -> Any:
     return model
 
 
-def _random_nf4(n: int, k: int, setup: Setup) -> nn.Module:
+def random_nf4(n: int, k: int, setup: Setup) -> nn.Module:
     """A 4-bit layer of random codes; its scales are about 0.04, its weights of a standard deviation of about 0.02."""
     from fastpeft.nn import NF4Linear
     from fastpeft.ops import NF4Weight
@@ -284,7 +284,7 @@ def _enqueue_seconds(step: Callable[[], Any], cuda: bool) -> float:
 
 
 @contextlib.contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
+def stdout_to_stderr() -> Iterator[None]:
     """Libraries greet on stdout, where the result goes."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
@@ -296,6 +296,6 @@ def median(seconds: list[float]) -> float:
 
 
 if __name__ == "__main__":
-    with _stdout_to_stderr():
+    with stdout_to_stderr():
         outcome = run(Setup(**json.loads(sys.argv[1])))
     print(json.dumps({"setup": sys.argv[1], **outcome}))

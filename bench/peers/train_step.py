@@ -22,7 +22,8 @@ from bench.case import require
 from bench.step import PROJECTIONS, Setup, Stack, empty_llama
 
 
-def _bitsandbytes_llama(setup: Setup) -> Any:
+def bitsandbytes_llama(setup: Setup) -> Any:
+    """A Llama whose linear layers but the last are bitsandbytes' NF4, double-quantised."""
     bnb = require("bitsandbytes")
 
     def make(linear: nn.Linear) -> nn.Module:
@@ -52,7 +53,7 @@ def _hf(setup: Setup, liger: bool) -> Stack:
     if liger:
         require("liger_kernel")
         importlib.import_module("liger_kernel.transformers").apply_liger_kernel_to_llama()
-    model = _bitsandbytes_llama(setup)
+    model = bitsandbytes_llama(setup)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     config = peft.LoraConfig(

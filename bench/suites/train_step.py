@@ -7,11 +7,7 @@ peak memory, and how many times as fast fastpeft is. A peer that is not installe
 from __future__ import annotations
 
 import argparse
-import difflib
-import json
-import subprocess
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +15,15 @@ from typing import Any
 import torch
 
 from bench.case import OURS
-from bench.environment import ROOT, environment
+from bench.environment import environment
 from bench.peers.train_step import STACKS
+from bench.process import known_names, run_in_process
 from bench.report import append_record, format_ratio
 from bench.step import Setup, median
 
 NAME = "train_step"
 ABOUT = "a whole QLoRA step on the shape of Llama-3-8B, each stack in its process; it has options of its own (--help)"
-_TINY = {
+TINY = {
     "layers": 2,
     "hidden": 64,
     "intermediate": 128,
@@ -41,7 +38,6 @@ _TINY = {
 }
 _QUICK = {"layers": 8}
 _MODES = ("full", "selective", "offload", "none")
-_TIMEOUT_S = 540
 _NAMED_COSTS = 3
 _SHOWN_KERNELS = 25
 
@@ -67,7 +63,7 @@ def main(arguments: list[str], results: Path) -> int:
     ours: dict[str, Any] | None = None
     failed = False
     for setup in setups:
-        outcome = _run(setup)
+        outcome = run_in_process("bench.step", setup)
         if setup.stack == OURS:
             failed |= outcome["status"] != "ok"
             ours = outcome if outcome["status"] == "ok" and ours is None else ours
@@ -120,21 +116,6 @@ def profile_lines(outcome: dict[str, Any]) -> list[str]:
     return [*lines, f"largest   {largest}"]
 
 
-def _run(setup: Setup) -> dict[str, Any]:
-    """Run a stack in its process; whatever goes wrong there is an outcome."""
-    command = [sys.executable, "-m", "bench.step", json.dumps(asdict(setup))]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        return {"status": "failed", "detail": f"not done after {_TIMEOUT_S} s"}
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        said = done.stderr.strip().splitlines()
-        return {"status": "failed", "detail": f"exit code {done.returncode}: {said[-1] if said else 'no output'}"}
-    outcome: dict[str, Any] = json.loads(lines[-1])
-    return outcome
-
-
 def _setups(options: argparse.Namespace) -> list[Setup]:
     """Ours in each kind of checkpointing that was asked for, then the peers.
 
@@ -144,7 +125,7 @@ def _setups(options: argparse.Namespace) -> list[Setup]:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but torch finds no GPU; --device cpu runs a tiny model")
-    sizes: dict[str, Any] = dict(_TINY) if device == "cpu" else dict(_QUICK) if options.quick else {}
+    sizes: dict[str, Any] = dict(TINY) if device == "cpu" else dict(_QUICK) if options.quick else {}
     for name in ("layers", "batch", "tokens", "rank", "steps", "dropout"):
         value = getattr(options, name)
         if value is not None:
@@ -152,8 +133,8 @@ def _setups(options: argparse.Namespace) -> list[Setup]:
                 raise ValueError(f"--{name} is {value}; it is too small")
             sizes[name] = value
     base = Setup(device=device, seed=options.seed, **sizes)
-    modes = _known(options.checkpointing, _MODES, "kind of checkpointing")
-    peers = _known(options.peers, STACKS, "peer")
+    modes = known_names(options.checkpointing, _MODES, "kind of checkpointing")
+    peers = known_names(options.peers, STACKS, "peer")
     if options.budget_gb is not None:
         modes = list(dict.fromkeys([*modes, "selective"]))
     ours = [
@@ -167,16 +148,6 @@ def _setups(options: argparse.Namespace) -> list[Setup]:
         for mode in modes
     ]
     return [*ours, *(replace(base, stack=peer) for peer in peers)]
-
-
-def _known(given: str, choices: Iterable[str], what: str) -> list[str]:
-    names = [name for name in given.split(",") if name]
-    for name in names:
-        if name not in choices:
-            near = difflib.get_close_matches(name, choices, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"no {what} {name!r}; {hint}there are {', '.join(choices)}")
-    return list(dict.fromkeys(names))
 
 
 def _describe(setup: Setup) -> str:

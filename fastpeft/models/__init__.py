@@ -2,6 +2,7 @@
 
 from fastpeft.models.accelerate import Left, Report, accelerate, report, restore
 from fastpeft.models.causal_lm import has_fused_loss
+from fastpeft.models.decode import Completion, DecodeEngine, DecodeOptions
 from fastpeft.models.nf4_config import NF4Config
 from fastpeft.models.pretrained import load_pretrained
 from fastpeft.models.quantize import dequantize, quantize
@@ -9,6 +10,9 @@ from fastpeft.models.replace import replace_linear
 from fastpeft.models.stock_peft import use_in_peft
 
 __all__ = [
+    "Completion",
+    "DecodeEngine",
+    "DecodeOptions",
     "Left",
     "NF4Config",
     "Report",

@@ -17,9 +17,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastpeft.models.decode.attention import Pass, current_pass
 from fastpeft.models.replay import product_of, sharing, together
 from fastpeft.models.structure import MLP, Attention, Layer, Norm
-from fastpeft.ops import geglu, rms_norm, rope, swiglu
+from fastpeft.ops import geglu, paged_attention, rms_norm, rope, swiglu
 from fastpeft.ops.glu import glu_consuming
 
 STRUCTURE = "_fastpeft"
@@ -129,6 +130,9 @@ def attention_forward(
     if args or positions is None or (cache is not None and not torch.is_grad_enabled()):
         own: tuple[Tensor, Any] = type(self).forward(self, hidden_states, *args, **kwargs)
         return own
+    now = current_pass()
+    if now is not None and now.prompts is None:
+        return project(self, ("o_proj",), _decode_step(self, structure, hidden_states, positions, now))[0], None
     rest = {key: value for key, value in kwargs.items() if key not in ("position_embeddings", *CACHES)}
     q, k, v = query_key_value(self, structure, hidden_states, positions)
     if cache is not None:  # transformers makes one in training too; since it calls it cache, it tells it its arguments
@@ -141,14 +145,48 @@ def query_key_value(
     attention: nn.Module, structure: Attention, x: Tensor, positions: tuple[Tensor, Tensor], tape: Tape | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The heads that attention reads, ``(b, heads, t, head_dim)``, with their positions in."""
+    q, k, v = _heads(attention, structure, x, tape)
+    q, k = rope(q.transpose(1, 2), k.transpose(1, 2), *positions)
+    return q, k, v.transpose(1, 2)
+
+
+def _heads(
+    attention: nn.Module, structure: Attention, x: Tensor, tape: Tape | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The heads before they get their positions, ``(b, t, heads, head_dim)``."""
     outputs = project(attention, structure.projections, x, tape)
     if len(outputs) == 1:
         outputs = list(outputs[0].split(structure.widths, dim=-1))
     q, k, v = (out.unflatten(-1, (-1, structure.head_dim)) for out in outputs)
     if structure.norms:
         q, k = attention.q_norm(q), attention.k_norm(k)  # type: ignore[operator]
-    q, k = rope(q.transpose(1, 2), k.transpose(1, 2), *positions)
-    return q, k, v.transpose(1, 2)
+    return q, k, v
+
+
+def _decode_step(
+    attention: nn.Module, structure: Attention, x: Tensor, positions: tuple[Tensor, Tensor], now: Pass
+) -> Tensor:
+    """What the output layer reads of a decoding engine's step, ``(rows, 1, features)``: positions, cache and attention
+    are one launch.
+    """
+    q, k, v = (heads[:, 0] for heads in _heads(attention, structure, x))
+    k_pages, v_pages = now.cache.layer(attention.layer_idx, k[:, :, None])  # type: ignore[arg-type]
+    cos, sin = (angles.expand(x.shape[0], -1, -1)[:, 0] for angles in positions)
+    options = structure.options
+    out: Tensor = paged_attention(
+        q,
+        k,
+        v,
+        k_pages,
+        v_pages,
+        now.table,
+        now.lengths,
+        scale=options["scaling"],
+        angles=(cos, sin),
+        softcap=options.get("softcap") or 0.0,
+        window=options.get("sliding_window") or 0,
+    )
+    return out.flatten(1)[:, None]
 
 
 def attend(

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench import __main__ as cli
-from bench.suites import SUITES
+from bench.suites import OF_STACKS, SUITES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,7 +25,7 @@ def bench(tmp_path: Path, *arguments: str) -> int:
 def test_list_names_every_suite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench(tmp_path, "--list") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in lines] == [*SUITES, "train_step"]
+    assert [line.partition(":")[0] for line in lines] == [*SUITES, *OF_STACKS]
     assert bench(tmp_path, "--list", "adamw") == 0
     assert "  adamw-tensors1-params1M-fp32" in capsys.readouterr().out
 

@@ -1,0 +1,119 @@
+"""One stack's greedy decoding, in a process of its own: builds the model once, times each batch, prints a line of JSON.
+
+Started by the suite ``decode`` (``python -m bench.decode '{"stack": ...}'``). All decode with a Llama of random
+weights, linear layers in NF4 with double quantisation, a bf16 head and no adapters; a time is that of prompts and new
+tokens together, as a user waits for it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.case import PeerMissing
+from bench.step import Setup, empty_llama, random_nf4, stdout_to_stderr
+
+Generate = Callable[[Tensor, int], Any]
+
+
+@dataclass(frozen=True)
+class DecodeSetup(Setup):
+    """What is decoded.
+
+    Attributes:
+        batches: prompts at a time, each timed by itself.
+        prompt_tokens: of each prompt.
+        new_tokens: that each gets.
+    """
+
+    batches: tuple[int, ...] = (1, 16, 64)
+    prompt_tokens: int = 128
+    new_tokens: int = 64
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """A model that is ready to decode.
+
+    Attributes:
+        generate: from ``(b, t)`` tokens and a number of new ones; what it returns is not looked at.
+        note: what a reader should know about this stack.
+    """
+
+    generate: Generate
+    note: str = ""
+
+
+def fastpeft(setup: DecodeSetup) -> Decoding:
+    """The decoding engine over fused blocks."""
+    from fastpeft.models import accelerate
+    from fastpeft.models.decode import DecodeEngine, DecodeOptions
+
+    model = empty_llama(setup, lambda linear: random_nf4(linear.out_features, linear.in_features, setup))
+    accelerate(model.eval())
+    engine = DecodeEngine(model, max_batch=max(setup.batches))
+
+    def generate(ids: Tensor, new_tokens: int) -> Any:
+        return engine.generate(ids.tolist(), DecodeOptions(new_tokens))
+
+    return Decoding(generate, "paged cache, CUDA graphs")
+
+
+def run(setup: DecodeSetup) -> dict[str, Any]:
+    """Build a stack and time its batches.
+
+    Args:
+        setup: what to run.
+    Returns:
+        ``status`` ok with ``batches``: for each ``batch``, ``seconds`` of all, ``prompt_seconds`` of a call for one new
+        token, and ``peak_bytes``; or ``not installed``, or ``failed`` with ``detail``.
+    """
+    from bench.peers import decode as peers
+
+    try:
+        stack = (fastpeft if setup.stack == "fastpeft" else peers.STACKS[setup.stack])(setup)
+        return {"status": "ok", "note": stack.note, "batches": [_measure(stack, b, setup) for b in setup.batches]}
+    except PeerMissing as missing:
+        return {"status": str(missing), "detail": ""}
+    except Exception as error:  # whatever a stack raises belongs in its row
+        said = str(error).strip().splitlines()
+        return {"status": "failed", "detail": f"{type(error).__name__}: {said[0] if said else ''}"}
+
+
+def _measure(stack: Decoding, batch: int, setup: DecodeSetup) -> dict[str, Any]:
+    cuda = setup.device == "cuda"
+    generator = torch.Generator().manual_seed(setup.seed)
+
+    def seconds(new_tokens: int) -> float:
+        ids = torch.randint(4, setup.vocab, (batch, setup.prompt_tokens), generator=generator).to(setup.device)
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        stack.generate(ids, new_tokens)
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for _ in range(setup.warmup):
+        seconds(setup.new_tokens)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    whole = [seconds(setup.new_tokens) for _ in range(setup.steps)]
+    peak = torch.cuda.max_memory_allocated() if cuda else None
+    seconds(1)
+    prompts = [seconds(1) for _ in range(setup.steps)]
+    return {"batch": batch, "seconds": whole, "prompt_seconds": prompts, "peak_bytes": peak}
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    with stdout_to_stderr():
+        outcome = run(DecodeSetup(**{**given, "batches": tuple(given["batches"])}))
+    print(json.dumps({"setup": sys.argv[1], **outcome}))

@@ -1,0 +1,43 @@
+"""The peers' decoding: transformers' ``generate`` over bitsandbytes' layers.
+
+hf          its dynamic cache, the default
+hf-static   its static cache
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.decode import DecodeSetup, Decoding
+from bench.peers.train_step import bitsandbytes_llama
+
+
+def _hf(setup: DecodeSetup, cache: str | None) -> Decoding:
+    model = bitsandbytes_llama(setup).eval()
+    model.config.use_cache = True
+    model.generation_config.eos_token_id = None
+    options: dict[str, Any] = {} if cache is None else {"cache_implementation": cache, "disable_compile": True}
+
+    @torch.no_grad()
+    def generate(ids: Tensor, new_tokens: int) -> Any:
+        return model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=setup.llama_config().pad_token_id,
+            **options,
+        )
+
+    return Decoding(generate, f"{cache or 'dynamic'} cache")
+
+
+STACKS: dict[str, Callable[[DecodeSetup], Decoding]] = {
+    "hf": partial(_hf, cache=None),
+    "hf-static": partial(_hf, cache="static"),
+}

@@ -1,0 +1,132 @@
+"""Greedy decoding on the shape of Llama-3-8B in NF4: ``python -m bench decode --peers hf,hf-static``.
+
+Each stack runs in a process of its own (`bench.decode`). A row is a stack at a batch: new tokens a second with the
+prompts' time in it, milliseconds a step without it, the prompts' own, peak memory, and how many times as fast fastpeft
+is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.case import OURS
+from bench.decode import DecodeSetup
+from bench.environment import environment
+from bench.peers.decode import STACKS
+from bench.process import known_names, run_in_process
+from bench.report import append_record, format_ratio
+from bench.step import median
+from bench.suites.train_step import TINY
+
+NAME = "decode"
+ABOUT = "greedy decoding on the shape of Llama-3-8B, each stack in its process; it has options of its own (--help)"
+_TINY_SHAPE = {name: TINY[name] for name in ("layers", "hidden", "intermediate", "heads", "kv_heads", "vocab")}
+
+
+def main(arguments: list[str], results: Path) -> int:
+    """Run the suite.
+
+    Args:
+        arguments: after the suite's name.
+        results: folder the JSON lines go to.
+    Returns:
+        0; 1 when fastpeft's decoding failed; 2 for a mistake in the arguments.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        setups = _setups(options)
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    where = environment(torch.device(setups[0].device))
+    print(where.header())
+    print(f"model     {_describe(setups[0])}", flush=True)
+    ours: dict[int, dict[str, Any]] = {}
+    failed = False
+    for setup in setups:
+        outcome = run_in_process("bench.decode", setup)
+        if setup.stack == OURS:
+            failed = outcome["status"] != "ok"
+            ours = {batch["batch"]: batch for batch in outcome.get("batches", ())}
+        for row in format_rows(setup, outcome, ours):
+            print(row, flush=True)
+        if not options.no_save:
+            record = {"suite": NAME, "setup": asdict(setup), "outcome": outcome, "environment": where.as_dict()}
+            append_record(results, NAME, record)
+    return int(failed)
+
+
+def format_rows(setup: DecodeSetup, outcome: dict[str, Any], ours: dict[int, dict[str, Any]]) -> list[str]:
+    """A line for each batch, with fastpeft's speed beside a peer's."""
+    if outcome["status"] != "ok":
+        said = f"{outcome['status']}{outcome['detail'] and ': '}{outcome['detail']}"
+        return [f"{NAME} {setup.stack:<10} | {said}"]
+    rows = []
+    for found in outcome["batches"]:
+        batch, seconds, prompts = found["batch"], median(found["seconds"]), median(found["prompt_seconds"])
+        parts = [f"{NAME} {setup.stack:<10} b={batch:<3}", f"{batch * setup.new_tokens / seconds:,.0f} tok/s"]
+        if setup.new_tokens > 1:
+            parts.append(f"{(seconds - prompts) / (setup.new_tokens - 1) * 1e3:.2f} ms a step")
+        parts.append(f"prompts {prompts * 1e3:.1f} ms")
+        if found["peak_bytes"] is not None:
+            parts.append(f"peak {found['peak_bytes'] / 1e9:.2f} GB")
+        if setup.stack != OURS and batch in ours:
+            parts.append(f"fastpeft {format_ratio(seconds / median(ours[batch]['seconds']))}")
+        rows.append(" | ".join([*parts, outcome["note"]]))
+    return rows
+
+
+def _setups(options: argparse.Namespace) -> list[DecodeSetup]:
+    """Ours, then the peers.
+
+    Raises:
+        ValueError: a peer or a number that cannot be used.
+    """
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but torch finds no GPU; --device cpu runs a tiny model")
+    sizes: dict[str, Any] = {"steps": 3, "warmup": 1}
+    if device == "cpu":
+        sizes |= {**_TINY_SHAPE, "steps": 1, "batches": (1, 3), "prompt_tokens": 16, "new_tokens": 8}
+    for name in ("layers", "prompt_tokens", "new_tokens", "steps"):
+        value = getattr(options, name)
+        if value is not None:
+            if value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; it is too small")
+            sizes[name] = value
+    if options.batches is not None:
+        given = options.batches.split(",")
+        if not all(batch.isdecimal() and int(batch) > 0 for batch in given):
+            raise ValueError(f"--batches is {options.batches!r}; it takes numbers above 0, as 1,16,64")
+        sizes["batches"] = tuple(int(batch) for batch in given)
+    base = DecodeSetup(device=device, seed=options.seed, **sizes)
+    return [base, *(replace(base, stack=peer) for peer in known_names(options.peers, STACKS, "peer"))]
+
+
+def _describe(setup: DecodeSetup) -> str:
+    return (
+        f"Llama of random weights, {setup.layers} layers of {setup.hidden}/{setup.intermediate}, vocabulary "
+        f"{setup.vocab}, NF4; {setup.prompt_tokens} + {setup.new_tokens} tokens, greedy"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m bench {NAME}", description=ABOUT)
+    parser.add_argument("--peers", default="hf-static", metavar="A,B", help=f"of {', '.join(STACKS)}; '' for none")
+    parser.add_argument("--batches", metavar="A,B", help="prompts at a time, default 1,16,64")
+    parser.add_argument("--layers", type=int, help="default 32")
+    parser.add_argument("--prompt-tokens", type=int, help="default 128")
+    parser.add_argument("--new-tokens", type=int, help="default 64")
+    parser.add_argument("--steps", type=int, help="timed runs, default 3")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), help="default: a GPU where there is one; a CPU runs a tiny model"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights and tokens")
+    parser.add_argument("--no-save", action="store_true", help="leave bench/results/ alone")
+    return parser
