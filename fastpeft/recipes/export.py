@@ -129,7 +129,7 @@ def _load(export: Export) -> PreTrainedModel:
     """The model to save, with the adapter merged: dense, or packed where that is what was asked for."""
     packs_now = export.form == "nf4" and export.adapter is None
     base = replace(export.base, quantize="nf4") if packs_now else export.base
-    model = read_weights(base, read_config(base), torch.device("cpu"))
+    model = read_weights(base, read_config(base), device=None)
     if packs_now:  # while it was read; a checkpoint that was packed already keeps its codes
         return model
     if export.adapter is not None:
@@ -157,7 +157,7 @@ def _describe(export: Export) -> Generator[str, None, int]:
     source, _ = find_source(export.base)
     packed_already = stored_quantization(model_config, f"model {export.base.path}") is not None
     skeleton = model_skeleton(model_config)
-    dtype = weights_dtype(export.base, model_config, torch.device("cpu"))
+    dtype = weights_dtype(export.base, model_config, device=None)
     width = dtype.itemsize if isinstance(dtype, torch.dtype) else 4
     tied = set(getattr(skeleton, "all_tied_weights_keys", None) or {})
     sizes = {name: weight.numel() for name, weight in skeleton.named_parameters() if name not in tied}

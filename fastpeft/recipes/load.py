@@ -123,14 +123,14 @@ def load_weights(
 
 
 def read_weights(
-    config: ModelConfig, model_config: transformers.PretrainedConfig, device: torch.device
+    config: ModelConfig, model_config: transformers.PretrainedConfig, device: torch.device | None
 ) -> PreTrainedModel:
     """Load a base model on the CPU as its files have it, and quantise it where the section says so.
 
     Args:
         config: the ``model`` section. A checkpoint that is packed already stays so, whatever ``quantize`` says.
         model_config: what ``read_config`` gave.
-        device: where the model will be used, which decides the dtype where "auto" leaves a choice.
+        device: where the model will be used, which decides the dtype where "auto" leaves a choice; None for files.
     Returns:
         The model on the CPU, in evaluation mode.
     Raises:
@@ -151,19 +151,19 @@ def read_weights(
 
 
 def weights_dtype(
-    config: ModelConfig, model_config: transformers.PretrainedConfig, device: torch.device
+    config: ModelConfig, model_config: transformers.PretrainedConfig, device: torch.device | None
 ) -> torch.dtype | str:
     """The dtype to load a base model in; "auto" where only the weights themselves can tell.
 
     Args:
         config: the ``model`` section.
         model_config: what ``read_config`` gave.
-        device: where the model will be used.
+        device: where the model will be used; None where it is only written again, as the checkpoint has it.
     """
     if config.dtype != "auto":
         return _DTYPES[config.dtype]
     if config.gguf_file is not None or model_config.dtype == torch.bfloat16:
-        return torch.bfloat16 if computes_in_bfloat16(device) else torch.float32
+        return torch.bfloat16 if device is None or computes_in_bfloat16(device) else torch.float32
     return model_config.dtype or "auto"
 
 

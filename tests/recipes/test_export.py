@@ -38,6 +38,12 @@ def trained(model: Any, folder: Path) -> Any:
     return adapted.eval()
 
 
+@pytest.fixture(params=[True, False], ids=["bf16-products", "no-bf16-products"], autouse=True)
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written does not depend on what this processor is fast at: a bfloat16 model once came out as float32."""
+    monkeypatch.setattr("fastpeft.recipes.load.computes_in_bfloat16", lambda device: request.param)
+
+
 @pytest.fixture
 def adapter(tmp_path: Path, model_folder: Path) -> Path:
     trained(load_pretrained(model_folder), tmp_path / "adapter")

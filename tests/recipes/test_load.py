@@ -30,7 +30,8 @@ def folder(tmp_path: Path, model_folder: Path) -> Path:
     ("asked", "held"),
     [("auto", torch.bfloat16), ("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)],
 )
-def test_dtype(folder: Path, asked, held):
+def test_dtype(folder: Path, asked, held, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fastpeft.recipes.load.computes_in_bfloat16", lambda device: True)
     model, _ = load_model(ModelConfig(str(folder), dtype=asked), CPU)
     assert {parameter.dtype for parameter in model.parameters()} == {held}
     assert not model.training
