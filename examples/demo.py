@@ -71,7 +71,7 @@ def read_config(options: argparse.Namespace) -> RunConfig:
     if options.steps is not None:
         overrides.append(f"train.max_steps={options.steps}")
     config = load_config(options.config, overrides)
-    if config.peft.lora is None:
+    if not isinstance(config.peft.config, fastpeft.LoraConfig):
         raise fastpeft.UserError("demo: it trains a LoRA adapter; peft.method has to be lora")
     return config
 
@@ -108,7 +108,7 @@ def train(
 ) -> torch.nn.Module:
     """Put an adapter on the model, train it, and fill the run folder as ``fastpeft sft`` does."""
     transformers.set_seed(config.train.args.seed)
-    model = fastpeft.get_peft_model(model, config.peft.lora)
+    model = fastpeft.get_peft_model(model, config.peft.config)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     console.print(f"{trainable:,} parameters to train, {config.train.args.max_steps} steps")
     trainer = fastpeft.SFTTrainer(
