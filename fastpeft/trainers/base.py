@@ -8,7 +8,7 @@ What changes:
 - a resumed run has the intervals of its options of now, and none of its steps twice (`resume`);
 - the last step is always logged, and SIGTERM and Ctrl-C end with a checkpoint (`preemption`);
 - where a paged optimizer has state on the GPU, a step that runs out of memory runs again without it (`out_of_memory`);
-- progress is one line (`progress`), and a schedule that would teach nothing is told of.
+- progress is one line (`progress`); overfitting (`overfitting`) and a schedule that would teach nothing are told of.
 
 One wait for the device per optimizer step is left: whether the step is finite must be known before the optimizer runs.
 
@@ -41,6 +41,7 @@ from fastpeft.trainers.checks import check_model, check_transformers
 from fastpeft.trainers.config import BaseConfig
 from fastpeft.trainers.metrics import LogLastStep, Meter, MetricsFile, Stopwatch, memory_bytes
 from fastpeft.trainers.out_of_memory import StepAgain
+from fastpeft.trainers.overfitting import OverfittingMonitor
 from fastpeft.trainers.preemption import StopOnSignal
 from fastpeft.trainers.progress import ProgressLine
 from fastpeft.trainers.resume import AlreadyTrained, ResumeAsAsked, without_mismatch_warning
@@ -127,6 +128,7 @@ class BaseTrainer(Trainer):
         self.add_callback(self._stop_signal)
         self.add_callback(LogLastStep())
         self.add_callback(MetricsFile())
+        self.add_callback(OverfittingMonitor())
         if args.progress:
             self.add_callback(self._progress)
 
@@ -384,7 +386,7 @@ class BaseTrainer(Trainer):
 
     def _save_trainer_state(self, folder: Path) -> None:
         best = self.state.best_global_step
-        if best is not None:
+        if best is not None and self.args.load_best_model_at_end:  # else transformers would delete the last one for it
             best_path = checkpoint.checkpoint_path(self.args.output_dir, best)
             if best == self.state.global_step or best_path.exists():
                 self.state.best_model_checkpoint = str(best_path)

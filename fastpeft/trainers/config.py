@@ -38,7 +38,12 @@ _OPTIMIZERS = {
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
 _OPTIM_ALIASES = {"adamw_8bit": "adamw_bnb_8bit", "paged_adamw": "paged_adamw_32bit"}
-_CHOICES = {"optimizer": (*_OPTIMIZERS, "torch"), "on_nonfinite": ("skip", "raise"), "lr_scheduler_type": _SCHEDULES}
+_CHOICES = {
+    "optimizer": (*_OPTIMIZERS, "torch"),
+    "on_nonfinite": ("skip", "raise"),
+    "on_overfitting": ("warn", "stop", "ignore"),
+    "lr_scheduler_type": _SCHEDULES,
+}
 
 
 # What a number has to be, in words and as a test.
@@ -69,6 +74,7 @@ _RULES: dict[str, _Rule] = {
     ),
     "neftune_noise_alpha": _FROM_0,
     "optim_device_budget_gb": _FROM_0,
+    "overfitting_patience": _COUNT,
     "per_device_eval_batch_size": _COUNT,
     "per_device_train_batch_size": _COUNT,
     "save_steps": _EVERY,
@@ -97,6 +103,11 @@ class BaseConfig(TrainingArguments):
             as there is room for.
         on_nonfinite: a step whose loss or gradient norm is NaN or infinite never changes the weights. ``"skip"`` drops
             the step and counts it in the metric ``skipped_steps``; ``"raise"`` stops the run.
+        on_overfitting: what happens when the loss of the held-out rows has not come down to its best again in
+            ``overfitting_patience`` evaluations in a row while the training loss fell: ``"warn"`` says so and where the
+            best weights are, ``"stop"`` ends the run too, ``"ignore"`` neither. The best checkpoint is never rotated
+            away.
+        overfitting_patience: evaluations.
         progress: show a live line on a terminal, plain lines elsewhere; False prints nothing.
         gradient_checkpointing: recompute activations in backward instead of keeping them.
         report_to: None for TensorBoard where it is installed; ``"none"`` for metrics.jsonl alone.
@@ -128,6 +139,8 @@ class BaseConfig(TrainingArguments):
         default=None, metadata={"help": "GB of a paged optimizer's state that may be on the GPU"}
     )
     on_nonfinite: str = field(default="skip", metadata={"help": "'skip' or 'raise'"})
+    on_overfitting: str = field(default="warn", metadata={"help": "'warn', 'stop' or 'ignore'"})
+    overfitting_patience: int = field(default=3, metadata={"help": "evaluations in a row above the best eval loss"})
     progress: bool = field(default=True, metadata={"help": "show progress on the terminal"})
 
     def __post_init__(self) -> None:
@@ -148,6 +161,9 @@ class BaseConfig(TrainingArguments):
         if self.fp16 and self.use_cpu:
             self._refuse("fp16", "it needs a GPU and would do nothing on a CPU; leave it out, or use bf16")
         self._resolve_checkpointing()
+        strategy = getattr(self.eval_strategy, "value", self.eval_strategy)
+        if strategy != "no" and getattr(self, "metric_for_best_model", None) is None:
+            self.metric_for_best_model = "eval_loss"  # the best checkpoint is known then, and kept
         super().__post_init__()
         self._check_schedule()
         self._check_loggers()

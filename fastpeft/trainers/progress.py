@@ -13,7 +13,7 @@ _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 class ProgressLine(TrainerCallback):
-    """Show step, loss, eval loss, speed, memory and time left.
+    """Show step, loss, eval loss, learning rate, gradient norm, speed, memory and time left.
 
     Args:
         console: where to; standard output if None.
@@ -90,6 +90,10 @@ class ProgressLine(TrainerCallback):
             parts.append(f"loss {shown['loss']:.4f}")
         if "eval_loss" in shown:
             parts.append(f"eval loss {shown['eval_loss']:.4f}")
+        if "learning_rate" in shown:
+            parts.append(f"lr {shown['learning_rate']:.2g}")
+        if "grad_norm" in shown:
+            parts.append(f"norm {shown['grad_norm']:.2f}")
         if "tokens_per_second" in shown:
             parts.append(f"{shown['tokens_per_second']:,.0f} tok/s")
         if "memory_bytes" in shown:
