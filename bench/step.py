@@ -154,6 +154,17 @@ def empty_llama(setup: Setup, make: Callable[[nn.Linear], nn.Module]) -> Any:
     return model
 
 
+def word_tokenizer(setup: Setup) -> Any:
+    """A tokenizer whose words are ``<t4>``, ``<t5>`` and so on: texts of known lengths over the whole vocabulary."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"<t{i}>": i for i in range(setup.vocab)}, unk_token="<t2>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokens = {"bos_token": "<t0>", "eos_token": "<t1>", "unk_token": "<t2>", "pad_token": "<t3>"}
+    return PreTrainedTokenizerFast(tokenizer_object=words, **tokens)
+
+
 def random_nf4(n: int, k: int, setup: Setup) -> nn.Module:
     """A 4-bit layer of random codes; its scales are about 0.04, its weights of a standard deviation of about 0.02."""
     from fastpeft.nn import NF4Linear

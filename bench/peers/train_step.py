@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from bench.case import require
-from bench.step import PROJECTIONS, Setup, Stack, empty_llama
+from bench.step import PROJECTIONS, Setup, Stack, empty_llama, word_tokenizer
 
 
 def bitsandbytes_llama(setup: Setup) -> Any:
@@ -103,8 +103,7 @@ def _unsloth(setup: Setup, checkpointing: str | bool) -> Stack:
 
 def _saved_llama(setup: Setup) -> Path:
     """A folder with a random model of the shape, which Unsloth reads: it takes paths, no models."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM
 
     name = "-".join(str(n) for n in (setup.layers, setup.hidden, setup.intermediate, setup.heads, setup.vocab))
     folder = Path(tempfile.gettempdir()) / f"fastpeft-bench-llama-{name}"
@@ -119,10 +118,7 @@ def _saved_llama(setup: Setup) -> Path:
     del model
     if setup.device == "cuda":
         torch.cuda.empty_cache()
-    words = Tokenizer(models.WordLevel({f"<t{i}>": i for i in range(setup.vocab)}, unk_token="<t2>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokens = {"bos_token": "<t0>", "eos_token": "<t1>", "unk_token": "<t2>", "pad_token": "<t3>"}
-    PreTrainedTokenizerFast(tokenizer_object=words, **tokens).save_pretrained(folder)
+    word_tokenizer(setup).save_pretrained(folder)
     return folder
 
 

@@ -22,7 +22,7 @@ from bench.peers.decode import STACKS
 from bench.process import known_names, run_in_process
 from bench.report import append_record, format_ratio
 from bench.step import median
-from bench.suites.train_step import TINY
+from bench.suites.train_step import TINY, read_sizes
 
 NAME = "decode"
 ABOUT = "greedy decoding on the shape of Llama-3-8B, each stack in its process; it has options of its own (--help)"
@@ -88,24 +88,15 @@ def _setups(options: argparse.Namespace) -> list[DecodeSetup]:
     Raises:
         ValueError: a peer or a number that cannot be used.
     """
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but torch finds no GPU; --device cpu runs a tiny model")
-    sizes: dict[str, Any] = {"steps": 3, "warmup": 1}
-    if device == "cpu":
-        sizes |= {**_TINY_SHAPE, "steps": 1, "batches": (1, 3), "prompt_tokens": 16, "new_tokens": 8}
-    for name in ("layers", "prompt_tokens", "new_tokens", "steps"):
-        value = getattr(options, name)
-        if value is not None:
-            if value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}; it is too small")
-            sizes[name] = value
+    names = ("layers", "prompt_tokens", "new_tokens", "steps")
+    small = {**_TINY_SHAPE, "steps": 1, "warmup": 1, "batches": (1, 3), "prompt_tokens": 16, "new_tokens": 8}
+    sizes = read_sizes(options, names, small, {"steps": 3, "warmup": 1})
     if options.batches is not None:
         given = options.batches.split(",")
         if not all(batch.isdecimal() and int(batch) > 0 for batch in given):
             raise ValueError(f"--batches is {options.batches!r}; it takes numbers above 0, as 1,16,64")
         sizes["batches"] = tuple(int(batch) for batch in given)
-    base = DecodeSetup(device=device, seed=options.seed, **sizes)
+    base = DecodeSetup(seed=options.seed, **sizes)
     return [base, *(replace(base, stack=peer) for peer in known_names(options.peers, STACKS, "peer"))]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -76,12 +77,12 @@ def main(arguments: list[str], results: Path) -> int:
     return int(failed)
 
 
-def format_row(setup: Setup, outcome: dict[str, Any], ours: dict[str, Any] | None) -> str:
+def format_row(setup: Setup, outcome: dict[str, Any], ours: dict[str, Any] | None, suite: str = NAME) -> str:
     """One line: the stack, tokens a second, time, memory, and fastpeft's speed and memory beside a peer's."""
     name = setup.stack if setup.stack != OURS else f"{OURS} {setup.checkpointing}"
     if setup.stack == OURS and setup.budget_gb is not None:
         name += f" {setup.budget_gb:g} GB"
-    label = f"{NAME} {name:<22}"
+    label = f"{suite} {name:<22}"
     if outcome["status"] != "ok":
         return f"{label} | {outcome['status']}{outcome['detail'] and ': '}{outcome['detail']}"
     seconds = median(outcome["seconds"])
@@ -94,7 +95,8 @@ def format_row(setup: Setup, outcome: dict[str, Any], ours: dict[str, Any] | Non
         parts.append(f"fastpeft {format_ratio(ratio)}")
         if outcome["peak_bytes"]:
             parts.append(f"its memory over ours {outcome['peak_bytes'] / ours['peak_bytes']:.2f}")
-    parts.append(f"loss {outcome['losses'][-1]:.3f}")
+    if "losses" in outcome:
+        parts.append(f"loss {outcome['losses'][-1]:.3f}")
     if outcome["note"]:
         parts.append(outcome["note"])
     return " | ".join([label, *parts])
@@ -122,17 +124,9 @@ def _setups(options: argparse.Namespace) -> list[Setup]:
     Raises:
         ValueError: a peer, a kind of checkpointing or a number that cannot be used.
     """
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but torch finds no GPU; --device cpu runs a tiny model")
-    sizes: dict[str, Any] = dict(TINY) if device == "cpu" else dict(_QUICK) if options.quick else {}
-    for name in ("layers", "batch", "tokens", "rank", "steps", "dropout"):
-        value = getattr(options, name)
-        if value is not None:
-            if value < (0 if name == "dropout" else 1):
-                raise ValueError(f"--{name} is {value}; it is too small")
-            sizes[name] = value
-    base = Setup(device=device, seed=options.seed, **sizes)
+    names = ("layers", "batch", "tokens", "rank", "steps", "dropout")
+    sizes = read_sizes(options, names, TINY, _QUICK if options.quick else {})
+    base = Setup(seed=options.seed, **sizes)
     modes = known_names(options.checkpointing, _MODES, "kind of checkpointing")
     peers = known_names(options.peers, STACKS, "peer")
     if options.budget_gb is not None:
@@ -148,6 +142,27 @@ def _setups(options: argparse.Namespace) -> list[Setup]:
         for mode in modes
     ]
     return [*ours, *(replace(base, stack=peer) for peer in peers)]
+
+
+def read_sizes(
+    options: argparse.Namespace, names: Iterable[str], on_cpu: dict[str, Any], on_gpu: dict[str, Any]
+) -> dict[str, Any]:
+    """The device, and the sizes of a setup: the suite's own for it, and over them what was given.
+
+    Raises:
+        ValueError: there is no GPU, or a number is too small.
+    """
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but torch finds no GPU; --device cpu runs a tiny model")
+    sizes: dict[str, Any] = {"device": device, **(on_cpu if device == "cpu" else on_gpu)}
+    for name in names:
+        value = getattr(options, name)
+        if value is not None:
+            if value < (0 if name == "dropout" else 1):
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; it is too small")
+            sizes[name] = value
+    return sizes
 
 
 def _describe(setup: Setup) -> str:
