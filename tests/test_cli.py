@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -33,12 +33,16 @@ def test_help_names_the_commands_and_needs_no_torch(capsys: pytest.CaptureFixtur
 
 
 def test_help_answers_at_once():
-    def seconds() -> float:
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "fastpeft", "--help"], capture_output=True, check=True)
-        return time.perf_counter() - start
+    def spent() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
 
-    # 0.2 s where nothing else runs; the best of five on a busy machine.
+    def seconds() -> float:
+        before = spent()
+        subprocess.run([sys.executable, "-m", "fastpeft", "--help"], capture_output=True, check=True)
+        return spent() - before
+
+    # Of the processor's time, which is what passes where nothing else runs; the clock's is that of its neighbours too.
     assert min(seconds() for _ in range(5)) < 0.6
 
 
