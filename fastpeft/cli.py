@@ -405,10 +405,20 @@ def plot(
         Path | None,
         typer.Option(help="The PNG; by default loss.png in the run folder, for several runs in the current one."),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write a page too, with curves, last values, settings and samples; it stands alone."),
+    ] = None,
 ) -> None:
-    """Draw the loss curves of runs as a PNG."""
+    """Draw the curves of runs (loss, learning rate, gradient norm, memory) as a PNG, or tell of them on a page."""
     from fastpeft.recipes import plot_run
+    from fastpeft.recipes.plot import can_plot
+    from fastpeft.recipes.report import write_report
 
+    if html is not None:
+        print(write_report(runs, html))
+        if out is None and not can_plot():  # the page draws by itself
+            return
     print(plot_run(runs, out))
 
 

@@ -34,6 +34,7 @@ from fastpeft.recipes.generate import (
 from fastpeft.recipes.paths import is_adapter_folder
 from fastpeft.recipes.run_folder import run_sources
 from fastpeft.recipes.schema import ModelConfig
+from fastpeft.recipes.short_names import short_names
 
 UNTUNED = "untuned"
 
@@ -122,7 +123,7 @@ def load_side_by_side(
     for folder in folders:
         if not is_adapter_folder(folder):
             raise UserError(f"generate: {folder} is not an adapter folder: there is no adapter_config.json in it")
-    labels = label_adapters(folders, [UNTUNED] if untuned else [])
+    labels = short_names(folders, "generate: the adapter", taken=[UNTUNED] if untuned else [])
     names = [f"{re.sub('[^A-Za-z0-9_-]', '_', label)}_{index}" for index, label in enumerate(labels)]
     if run is not None and model is None:
         model, run = run_sources(Path(run), "generate", tuned=False)[0], None
@@ -145,26 +146,6 @@ def load_side_by_side(
     assert wrapped is not None
     ways: dict[str, str | None] = {UNTUNED: None} if untuned else {}
     return SideBySide(wrapped.eval(), tokenizer, ways | dict(zip(labels, names, strict=True)))
-
-
-def label_adapters(folders: Sequence[Path], taken: Sequence[str] = ()) -> list[str]:
-    """Call each folder by as little of the end of its path as tells all of them apart.
-
-    Args:
-        folders: the adapters'.
-        taken: labels that mean something else.
-    Raises:
-        UserError: a folder is given twice.
-    """
-    whole = [folder.expanduser().resolve() for folder in folders]
-    for index, path in enumerate(whole):
-        if path in whole[:index]:
-            raise UserError(f"generate: the adapter {folders[index]} is given twice; give each folder once")
-    for count in range(1, max(len(path.parts) for path in whole) + 1):
-        labels = ["/".join(path.parts[-count:]) for path in whole]
-        if len({*labels, *taken}) == len(labels) + len(taken):
-            return labels
-    return [str(path) for path in whole]
 
 
 def print_answers(ways: SideBySide, prompts: Sequence[Prompt] | None, *, batch_size: int, **options: Any) -> None:

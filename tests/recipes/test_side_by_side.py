@@ -17,7 +17,7 @@ import fastpeft
 from fastpeft.cli import main
 from fastpeft.errors import UserError
 from fastpeft.recipes import ModelConfig
-from fastpeft.recipes.side_by_side import as_lines, label_adapters, load_side_by_side, table_printer
+from fastpeft.recipes.side_by_side import as_lines, load_side_by_side, table_printer
 
 KINDS = {
     "lora": fastpeft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
@@ -125,16 +125,6 @@ def test_a_run_gives_the_base(job: Path, adapters: Path, capsys: pytest.CaptureF
     assert "untuned: " in shown and "\nadapter: " in shown and "\nlora: " in shown
 
 
-def test_labels_are_distinct():
-    paths = [Path("/runs/a/adapter"), Path("/runs/b/adapter"), Path("/runs/c/checkpoint-2")]
-    assert label_adapters(paths) == ["a/adapter", "b/adapter", "c/checkpoint-2"]
-    assert label_adapters([Path("/x/tea"), Path("/x/coffee")]) == ["tea", "coffee"]
-    assert label_adapters([Path("/x/untuned")], ["untuned"]) == ["x/untuned"]
-    assert label_adapters([Path("/adapter"), Path("/x/adapter")]) == ["//adapter", "x/adapter"]
-    with pytest.raises(UserError, match=r"the adapter /x/\.\./x/tea is given twice; give each folder once"):
-        label_adapters([Path("/x/tea"), Path("/x/../x/tea")])
-
-
 def test_equal_names_of_folders(adapters: Path, base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for parent in ("a", "b"):
         shutil.copytree(adapters / "lora", tmp_path / parent / "adapter")
@@ -146,6 +136,8 @@ def test_equal_names_of_folders(adapters: Path, base: list[str], tmp_path: Path,
 
 def test_complaints(adapters: Path, model_folder: Path, tmp_path: Path):
     model = ModelConfig(str(model_folder), dtype="float32")
+    with pytest.raises(UserError, match=r"generate: the adapter .*lora is given twice"):
+        load_side_by_side(model=model, adapters=[adapters / "lora", adapters / "ia3" / ".." / "lora"])
     with pytest.raises(UserError, match="no adapter was given to answer side by side"):
         load_side_by_side(model=model, adapters=[], untuned=True)
     with pytest.raises(UserError, match=r"is not an adapter folder: there is no adapter_config\.json in it"):
