@@ -174,8 +174,7 @@ def plot_run(run_dirs: str | Path | Sequence[str | Path], out: str | Path | None
                 _draw(axis, points, color=colour, label=label, **looks)
         axis.set_ylabel(panel.label)
         axis.grid(alpha=0.3)
-        if not any(value < 0 for run in runs for name in panel.series for value in run.series[name].values()):
-            axis.set_ylim(bottom=0)  # PPO's loss may be negative
+        axis.set_ylim(*_span(runs, panel))
     axes[0].set_title(", ".join(run.name for run in runs))
     axes[0].legend()
     if panels[1:] and "learning_rate" in panels[1].series:
@@ -187,6 +186,15 @@ def plot_run(run_dirs: str | Path | Sequence[str | Path], out: str | Path | None
     except OSError as error:
         raise UserError(f"plot: {out} cannot be written: {error.strerror or error}") from error
     return out
+
+
+def _span(runs: Sequence[Curves], panel: Panel) -> tuple[float, float]:
+    """Ends of a panel's axis: zero and some air, also below where values are negative, as PPO's loss may be."""
+    values = [value for run in runs for name in panel.series for value in run.series[name].values()]
+    finite = [value / panel.unit for value in values if math.isfinite(value)]
+    low, high = min([0.0, *finite]), max([0.0, *finite])
+    air = 0.06 * (high - low) or 1.0
+    return low - air * (low < 0), high + air
 
 
 def _draw(panel: Any, points: dict[int, float], style: str = "-", **looks: Any) -> None:

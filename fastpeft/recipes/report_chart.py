@@ -44,8 +44,9 @@ def line_chart(title: str, lines: Sequence[Line]) -> str:
     steps = [step for line in lines for step in line.points]
     lowest, highest = min([0.0, *finite]), max([0.0, *finite])
     y_ticks = ticks(lowest, highest)
-    x_ticks = [tick for tick in ticks(min(steps, default=0), max(steps, default=1), 8) if tick == int(tick)]
-    across = _Scale(min(steps, default=0), max(steps, default=1), _LEFT, _WIDTH - _RIGHT)
+    first, last = min(steps, default=0), max(steps, default=1)
+    x_ticks = [tick for tick in ticks(first, last, 8, least=1) if first <= tick <= last]
+    across = _Scale(first, last, _LEFT, _WIDTH - _RIGHT)
     up = _Scale(min(lowest, y_ticks[0]), max(highest, y_ticks[-1]), _HEIGHT - _BOTTOM, _TOP)
     parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)} over steps">']
     for value in y_ticks:
@@ -65,13 +66,21 @@ def line_chart(title: str, lines: Sequence[Line]) -> str:
     return f"<figure><figcaption>{escape(title)}</figcaption>{legend}{''.join(parts)}</svg></figure>"
 
 
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers that span a range, at most about so many steps of 1, 2 or 5 times a power of ten."""
+def ticks(low: float, high: float, about: int = 5, least: float = 0.0) -> list[float]:
+    """Round numbers that span a range.
+
+    Args:
+        low: the range's beginning.
+        high: its end.
+        about: how many steps there may be; a step is 1, 2 or 5 times a power of ten.
+        least: the smallest step.
+    """
     span = high - low
     if not span > 0:
         return [low]
     power = 10.0 ** math.floor(math.log10(span / about))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power * about >= span * (1 - 1e-9))
+    step = max(step, least)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [number * step for number in range(first, last + 1)]
 

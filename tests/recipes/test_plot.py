@@ -11,7 +11,7 @@ import pytest
 
 from fastpeft.errors import UserError
 from fastpeft.recipes import plot_run
-from fastpeft.recipes.plot import METRICS_FILE, panels_with_data, read_curves, read_runs
+from fastpeft.recipes.plot import METRICS_FILE, PANELS, Curves, _span, panels_with_data, read_curves, read_runs
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -97,6 +97,17 @@ def test_complaints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="pip install matplotlib"):
         plot_run(good)
+
+
+def test_an_axis_holds_every_value():
+    """Memory that hardly moves lay on the upper edge, and a negative loss was cut off at zero."""
+    run = Curves("run")
+    run.series["memory_bytes"] = {1: 9.0e9, 2: 9.1e9}
+    run.series["loss"] = {1: 0.5, 2: -0.5, 3: math.nan}
+    low, high = _span([run], PANELS[3])
+    assert low == 0 and 9.2 < high < 10
+    low, high = _span([run], PANELS[0])
+    assert -0.6 < low < -0.5 and 0.5 < high < 0.6
 
 
 def test_last_values_and_panels(tmp_path: Path):

@@ -207,6 +207,12 @@ def test_ticks_are_round(low: float, high: float, expected: list[float]):
     assert ticks(low, high) == pytest.approx(expected)
 
 
+def test_ticks_of_steps_are_whole_and_within():
+    assert ticks(1, 3, 8, least=1) == [1, 2, 3]
+    chart = line_chart("loss", [Line("a", {30: 1.0, 130: 0.5})])
+    assert re.findall(r'text-anchor="middle">(\d+)<', chart) == ["40", "60", "80", "100", "120"]
+
+
 def test_a_point_stands_where_its_value_is():
     chart = line_chart("loss", [Line("a", {0: 0.0, 5: 0.5, 10: 1.0})])
     found = re.search(r'points="([^"]*)"', chart)
