@@ -236,3 +236,15 @@ def test_a_long_run_keeps_its_peaks():
     assert len(kept) <= 1100 and kept[31_337] == 50.0 and kept[77_777] == -3.0 and math.isnan(kept[60_000])
     assert 0 in kept and 99_999 in kept
     assert thinned({2: 1.0, 1: 2.0}) == [(1, 2.0), (2, 1.0)]
+
+
+def test_a_run_that_was_trained(job: Path, capsys: pytest.CaptureFixture[str]):
+    for arguments in (["sft", "job.yaml", "train.max_steps=2"], ["plot", "out", "--html", "out.html"]):
+        with pytest.raises(SystemExit) as left:
+            main(arguments)
+        assert not left.value.code, capsys.readouterr().err
+    page = Page(text := Path("out.html").read_text(encoding="utf-8"))
+    rows = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    assert page.cells[page.cells.index("last step") + 1] == "2"
+    assert page.cells[page.cells.index("loss") + 1] == f"{[row['loss'] for row in rows if 'loss' in row][-1]:.4g}"
+    assert page.tags.count("svg") == 4 and "target_modules" in text
