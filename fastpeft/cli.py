@@ -225,8 +225,13 @@ def generate(
     dtype: Annotated[
         str | None, typer.Option(help="With --model: auto (the default), bfloat16, float32 or float16.")
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="An adapter folder; a run brings its own.")] = None,
-    untuned: Annotated[bool, typer.Option("--untuned", help="Answer with the base model alone.")] = False,
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(help="An adapter folder; a run brings its own. Several answer side by side."),
+    ] = None,
+    untuned: Annotated[
+        bool, typer.Option("--untuned", help="Answer with the base model alone; with --adapter, beside it.")
+    ] = False,
     prompt: Annotated[str | None, typer.Option(help="The prompt; without it, prompts come line by line.")] = None,
     input_file: Annotated[
         Path | None,
@@ -244,16 +249,17 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at a time.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the draws, with a temperature above 0.")] = 0,
 ) -> None:
-    """Answer prompts with a tuned model; on a terminal without a prompt, one turn after another."""
+    """Answer prompts with a tuned model, or several; on a terminal without a prompt, one turn after another."""
     import torch
 
     from fastpeft.models.decode import make_decoder
     from fastpeft.recipes import converse, generate_answers, load_for_generation, read_model_config, read_prompts
+    from fastpeft.recipes.side_by_side import load_side_by_side, print_answers
     from fastpeft.recipes.yaml_file import Settings
 
     of_model = {"gguf_file": gguf_file, "quantize": quantize, "dtype": dtype}
     stated = {name: value for name, value in of_model.items() if value is not None}
-    _refuse_ignored(run, stated, adapter=adapter, untuned=untuned, prompt=prompt, input_file=input_file)
+    _refuse_ignored(run, stated, prompt=prompt, input_file=input_file)
     prompts: list[Prompt] | None = None
     if prompt is not None:
         prompts = [prompt]
@@ -267,8 +273,6 @@ def generate(
     base = None
     if model is not None:
         base = read_model_config(Settings("command line", {"model": {"path": model, **stated}}, {}))
-    loaded, tokenizer = load_for_generation(run, model=base, adapter=adapter, untuned=untuned)
-    torch.manual_seed(seed)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -277,7 +281,14 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "batch_size": batch_size,
     }
-
+    adapters = adapter or []
+    if len(adapters) + untuned > 1:
+        several = load_side_by_side(run, model=base, adapters=adapters, untuned=untuned)
+        torch.manual_seed(seed)
+        print_answers(several, prompts, **options)
+        return
+    loaded, tokenizer = load_for_generation(run, model=base, adapter=adapters[0] if adapters else None, untuned=untuned)
+    torch.manual_seed(seed)
     if prompts is None:
         options["decoder"] = make_decoder(loaded, 1)
         converse(lambda line: next(generate_answers(loaded, tokenizer, [line], **options)))
@@ -287,15 +298,7 @@ def generate(
         print(line, flush=True)
 
 
-def _refuse_ignored(
-    run: Path | None,
-    of_model: dict[str, str],
-    *,
-    adapter: Path | None,
-    untuned: bool,
-    prompt: str | None,
-    input_file: Path | None,
-) -> None:
+def _refuse_ignored(run: Path | None, of_model: dict[str, str], *, prompt: str | None, input_file: Path | None) -> None:
     """Raise UserError for options of ``generate`` of which one would silently take no effect."""
     if run is not None and of_model:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in of_model)
@@ -303,8 +306,6 @@ def _refuse_ignored(
             f"generate: {options} cannot go with a run, whose config.yaml says how its model is loaded; leave it out, "
             "or give --model and --adapter in place of the run"
         )
-    if adapter is not None and untuned:
-        raise UserError("generate: --adapter and --untuned exclude each other; give one of them")
     if prompt is not None and input_file is not None:
         raise UserError("generate: --prompt and --input exclude each other; give one of them")
 
@@ -404,10 +405,20 @@ def plot(
         Path | None,
         typer.Option(help="The PNG; by default loss.png in the run folder, for several runs in the current one."),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write a page too, with curves, last values, settings and samples; it stands alone."),
+    ] = None,
 ) -> None:
-    """Draw the loss curves of runs as a PNG."""
+    """Draw the curves of runs (loss, learning rate, gradient norm, memory) as a PNG, or tell of them on a page."""
     from fastpeft.recipes import plot_run
+    from fastpeft.recipes.plot import can_plot
+    from fastpeft.recipes.report import write_report
 
+    if html is not None:
+        print(write_report(runs, html))
+        if out is None and not can_plot():  # the page draws by itself
+            return
     print(plot_run(runs, out))
 
 

@@ -92,14 +92,47 @@ def generate_answers(
     Raises:
         UserError: a prompt cannot be read, or a number is out of range.
     """
+    options = decode_options(
+        model,
+        tokenizer,
+        batch_size,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+    )
+    rows = encode_prompts(prompts, tokenizer)
+    return decoded(decoder or make_decoder(model, batch_size), tokenizer, rows, options, batch_size)
+
+
+def decode_options(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int, **stated: Any
+) -> DecodeOptions:
+    """Options that end answers where the tokenizer or the model would, checked.
+
+    Args:
+        model: whose end-of-sequence tokens count too.
+        tokenizer: its tokenizer.
+        batch_size: prompts at a time.
+        stated: fields of `DecodeOptions`.
+    Raises:
+        UserError: a number is out of range.
+    """
     if batch_size < 1:
         raise UserError(f"generate: batch_size is {batch_size}; it must be at least 1")
-    options = DecodeOptions(
-        max_new_tokens, temperature, top_k, top_p, repetition_penalty, stop_ids=tuple(_stop_tokens(model, tokenizer))
-    )
+    options = DecodeOptions(**stated, stop_ids=tuple(_stop_tokens(model, tokenizer)))
     options.check()
-    rows = [_encode(prompt, number, tokenizer) for number, prompt in enumerate(prompts, start=1)]
-    return _answers(decoder or make_decoder(model, batch_size), tokenizer, rows, options, batch_size)
+    return options
+
+
+def encode_prompts(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Tokens of prompts as training lays them out.
+
+    Raises:
+        UserError: a prompt cannot be read; the message has its number.
+    """
+    return [_encode(prompt, number, tokenizer) for number, prompt in enumerate(prompts, start=1)]
 
 
 def _encode(prompt: Prompt, number: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -109,18 +142,27 @@ def _encode(prompt: Prompt, number: int, tokenizer: PreTrainedTokenizerBase) -> 
         raise UserError(f"generate: prompt {number}: {str(error).removeprefix('encode_prompt: ')}") from error
 
 
-def _answers(
+def decoded(
     decoder: Decoder,
     tokenizer: PreTrainedTokenizerBase,
-    rows: list[list[int]],
+    rows: Sequence[list[int]],
     options: DecodeOptions,
     batch_size: int,
 ) -> Iterator[str]:
-    """As many prompts to a call as keep its rows full, and few enough for answers to come early."""
+    """Texts that rows of tokens are continued with, as they come.
+
+    As many prompts to a call as keep the decoder's rows full, and few enough for answers to come early.
+    """
+    for some in in_calls(rows, batch_size):
+        for completion in decoder.generate(some, options):
+            yield str(tokenizer.decode(completion.tokens, skip_special_tokens=True)).strip()
+
+
+def in_calls(rows: Sequence[list[int]], batch_size: int) -> Iterator[Sequence[list[int]]]:
+    """The rows of one call of a decoder after another."""
     at_once = _BATCHES_AT_ONCE * batch_size
     for first in range(0, len(rows), at_once):
-        for completion in decoder.generate(rows[first : first + at_once], options):
-            yield str(tokenizer.decode(completion.tokens, skip_special_tokens=True)).strip()
+        yield rows[first : first + at_once]
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:

@@ -11,7 +11,7 @@ import pytest
 
 from fastpeft.errors import UserError
 from fastpeft.recipes import plot_run
-from fastpeft.recipes.plot import METRICS_FILE, read_curves
+from fastpeft.recipes.plot import METRICS_FILE, PANELS, Curves, _span, panels_with_data, read_curves, read_runs
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -97,3 +97,29 @@ def test_complaints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="pip install matplotlib"):
         plot_run(good)
+
+
+def test_an_axis_holds_every_value():
+    """Memory that hardly moves lay on the upper edge, and a negative loss was cut off at zero."""
+    run = Curves("run")
+    run.series["memory_bytes"] = {1: 9.0e9, 2: 9.1e9}
+    run.series["loss"] = {1: 0.5, 2: -0.5, 3: math.nan}
+    low, high = _span([run], PANELS[3])
+    assert low == 0 and 9.2 < high < 10
+    low, high = _span([run], PANELS[0])
+    assert -0.6 < low < -0.5 and 0.5 < high < 0.6
+
+
+def test_last_values_and_panels(tmp_path: Path):
+    (tmp_path / "a").mkdir()
+    run = write_run(tmp_path / "a" / "run")
+    curves = read_curves(run)
+    assert curves.last["train_loss"] == 0.5 and curves.last["epoch"] == 2.0
+    assert [panel.label for panel in panels_with_data([curves])] == [
+        "loss (nats a token)",
+        "learning rate",
+        "gradient norm",
+    ]
+    (tmp_path / "b").mkdir()
+    other = write_run(tmp_path / "b" / "run")
+    assert [each.name for each in read_runs([run, other / METRICS_FILE])] == ["a/run", "b/run"]

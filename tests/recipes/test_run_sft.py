@@ -260,7 +260,6 @@ def test_generate_complaints(job: Path, model_folder: Path, capsys: pytest.Captu
         ),
         (["out", "--dtype", "float32", "--gguf-file", "x.gguf"], "--gguf-file, --dtype cannot go with a run"),
         (["out", "--input", "ask.jsonl"], "--prompt and --input exclude each other; give one of them"),
-        (["out", "--adapter", "a", "--untuned"], "--adapter and --untuned exclude each other; give one of them"),
     ],
 )
 def test_options_that_would_take_no_effect_are_refused(
