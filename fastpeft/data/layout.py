@@ -20,7 +20,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fastpeft.data.records import Message, Record, RowError, parse_row
+from fastpeft.data.forms import Message, Record, parse_row
+from fastpeft.data.row_values import RowError
 from fastpeft.errors import UserError
 
 if TYPE_CHECKING:

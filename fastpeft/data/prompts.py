@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
+from fastpeft.data.forms import Record, parse_row
 from fastpeft.data.layout import encode_prompt
-from fastpeft.data.records import OnBadRow, Record, RowError, describe_complaints, parse_row, read_checked
+from fastpeft.data.records import OnBadRow, describe_complaints, read_checked
+from fastpeft.data.row_values import RowError
 from fastpeft.errors import UserError
 
 if TYPE_CHECKING:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Dataset
 
+from fastpeft.data.forms import Record
 from fastpeft.data.layout import Encoder, encode_all, fit
-from fastpeft.data.records import OnBadRow, Record, describe_complaints, read_records
+from fastpeft.data.records import OnBadRow, describe_complaints, read_records
 from fastpeft.errors import UserError
 
 if TYPE_CHECKING:

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fastpeft.data.comparisons import COMPARISON_KEYS, parse_comparison
+from fastpeft.data.forms import SFT_KEYS, Message, Record, parse_row
+from fastpeft.data.json_lines import check_json_lines, parse_line
 from fastpeft.data.layout import Encoder, Row, encode_all, fit
 from fastpeft.data.parts import count_lines, lines_of_part, mapped, parts_of
 from fastpeft.data.preferences import fit_together, records_of
 from fastpeft.data.prompts import PROMPT_KEYS, parse_prompt
-from fastpeft.data.records import SFT_KEYS, Message, Record, RowError, check_json_lines, parse_line, parse_row
+from fastpeft.data.row_values import RowError
 from fastpeft.data.skeleton import Skeleton, find_skeleton
 from fastpeft.data.token_counts import TokenCounter, is_cut
 from fastpeft.errors import UserError

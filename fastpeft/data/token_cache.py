@@ -23,9 +23,12 @@ import tokenizers
 import torch
 import transformers
 
+from fastpeft.data.forms import SFT_KEYS, Record, parse_row
+from fastpeft.data.json_lines import check_json_lines, parse_line
 from fastpeft.data.layout import Encoder
 from fastpeft.data.parts import count_lines, lines_of_part, mapped, parts_of
-from fastpeft.data.records import SFT_KEYS, OnBadRow, Record, RowError, check_json_lines, parse_line, parse_row
+from fastpeft.data.records import OnBadRow
+from fastpeft.data.row_values import RowError
 from fastpeft.data.sft import DataReport, SFTDataset, TokenRows, check_options
 from fastpeft.errors import UserError
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastpeft.data import build_preference_dataset, build_prompt_dataset, build_sft_dataset
-from fastpeft.data.records import read_first_row
+from fastpeft.data.json_lines import read_first_row
 from fastpeft.data.survey import CUT, DROPPED, EMPTY, EQUAL, TIED, Kind, Survey, survey
 from fastpeft.errors import UserError
 from fastpeft.recipes.load import load_tokenizer

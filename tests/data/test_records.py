@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from fastpeft.data import load_records, read_records
-from fastpeft.data.records import Message, read_prompt_rows, read_text_lines
+from fastpeft.data.forms import Message
+from fastpeft.data.json_lines import read_text_lines
+from fastpeft.data.records import read_prompt_rows
 from fastpeft.errors import UserError
 
 
