@@ -35,7 +35,7 @@ from fastpeft.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FORMAT = 1  # to be raised when rows are laid out or written differently
+_FORMAT = 2  # to be raised when rows are laid out or written differently
 _FILES = {"tokens": "<i4", "is_target": "?", "offsets": "<i8"}
 _MANIFEST = "manifest.json"
 _BLOCK = 1 << 24  # bytes hashed at a time
@@ -149,6 +149,8 @@ def _add(total: DataReport, part: DataReport) -> None:
     for count in ("kept", "cut_prompts", "dropped_too_long", "empty_outputs", "prompt_tokens", "output_tokens"):
         setattr(total, count, getattr(total, count) + getattr(part, count))
     total.longest = max(total.longest, part.longest)
+    for form, rows in part.forms.items():
+        total.forms[form] = total.forms.get(form, 0) + rows
     lengths = [length for length in (total.shortest_dropped, part.shortest_dropped) if length]
     total.shortest_dropped = min(lengths, default=0)
     total.complaints += part.complaints
