@@ -2,6 +2,7 @@
 
 from fastpeft.data.collator import SFTCollator
 from fastpeft.data.comparisons import Comparison, parse_comparison
+from fastpeft.data.forms import Message, Record
 from fastpeft.data.layout import encode_prompt, stop_token_ids
 from fastpeft.data.mixture import MixedDataset
 from fastpeft.data.order import ComputedShuffle, LengthGrouped, shuffled
@@ -9,7 +10,7 @@ from fastpeft.data.packing import PackedDataset, pack
 from fastpeft.data.preference_batch import PreferenceCollator
 from fastpeft.data.preferences import PreferenceDataset, PreferenceReport, build_preference_dataset
 from fastpeft.data.prompts import PromptDataset, PromptReport, build_prompt_dataset
-from fastpeft.data.records import Message, Record, load_records, read_records
+from fastpeft.data.records import load_records, read_records
 from fastpeft.data.sft import IGNORE_INDEX, DataReport, SFTDataset, build_sft_dataset
 from fastpeft.data.split import Split, leak_warning, leaks, split_dataset
 from fastpeft.data.token_cache import cached_sft_dataset

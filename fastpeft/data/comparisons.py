@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from fastpeft.data.records import Message, RowError, json_type, near_names, parse_messages, text_at
+from fastpeft.data.forms import Message, parse_messages
+from fastpeft.data.row_values import RowError, json_type, near_names, text_at
 
 COMPARISON_KEYS = "the keys 'chosen' and 'rejected' (and 'prompt'), or 'prompt', 'responses' and 'ranking' or 'scores'"
 _HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")

@@ -5,8 +5,8 @@ end-of-turn token after it (``<|im_end|>``, ``<|eot_id|>``), which is the EOS of
 around the turns, the system and user turns, and whatever follows the end-of-turn token are read, not learnt.
 
 Without one, the tokens are ``[BOS] prompt separator output EOS``; the separator is a space for {"input", "output"}
-rows and nothing for {"prompt", "completion"} rows, and it counts as part of the output. BOS is there if the tokenizer
-puts one first by itself.
+rows, an empty line for Alpaca's and nothing for the others, and it counts as part of the output. BOS is there if the
+tokenizer puts one first by itself. A {"text"} row is ``[BOS] text EOS`` whatever the tokenizer, and all output.
 
 Either way the prompt's tokens are exactly those that `encode_prompt` gives for generation.
 
@@ -20,7 +20,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fastpeft.data.records import Message, Record, RowError, parse_row
+from fastpeft.data.forms import Message, Record, parse_row
+from fastpeft.data.row_values import RowError
 from fastpeft.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def encode_prompt(
         except RowError as complaint:
             raise UserError(f"encode_prompt: {complaint}") from None
     turns = record.turns[:-1] if record.turns[-1].role == "assistant" else record.turns
+    if record.plain:
+        raise UserError(f"encode_prompt: {record.where}: a row of plain text has no prompt; give its beginning as one")
     encoder = Encoder(tokenizer)
     try:
         text = encoder.render_prompt(turns)
@@ -129,8 +132,9 @@ class Encoder:
         self._special = {*tokenizer.all_special_tokens}
         self._special.update(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
         self.eos: int | None = tokenizer.eos_token_id
-        first = [] if self.has_template else tokenizer("")["input_ids"][:1]
-        self.bos: list[int] = first if first and first[0] == tokenizer.bos_token_id else []
+        first: list[int] = tokenizer("")["input_ids"][:1]
+        self.plain_bos = first if first and first[0] == tokenizer.bos_token_id else []
+        self.bos = [] if self.has_template else self.plain_bos  # templates write it themselves
         self.bos_token_id: int | None = tokenizer.bos_token_id
 
     def encode(self, texts: list[str]) -> list[list[int]]:
@@ -157,6 +161,10 @@ class Encoder:
 
     def render(self, record: Record) -> Text:
         """Lay out a whole record and find its answers."""
+        if record.plain:
+            self.require_eos()
+            text = record.turns[0].content
+            return Text(record, text, ((0, len(text)),), add_eos=True)
         if not self.has_template:
             self.require_eos()
             prompt = self.render_prompt(record.turns[:-1])
@@ -190,7 +198,7 @@ class Encoder:
     def cuttable(self, text: Text) -> tuple[int, int]:
         """The characters of the last user turn before the first answer, the part of a prompt that may be shortened."""
         end = text.answers[0][0]
-        if not self.has_template:
+        if not self.has_template or text.record.plain:
             return 0, end
         first_answer = next(i for i, turn in enumerate(text.record.turns) if turn.role == "assistant")
         users = [turn.content.strip() for turn in text.record.turns[:first_answer] if turn.role == "user"]
@@ -214,8 +222,9 @@ class Encoder:
             ends = [sum(map(len, pieces[: count + 1])) for count in range(len(pieces))]
         else:
             ends = [len(part) for part in ids]
-        whole = self.bos + whole
-        ends = [len(self.bos) + end for end in ends]
+        bos = self.plain_bos if text.record.plain else self.bos
+        whole = bos + whole
+        ends = [len(bos) + end for end in ends]
         if text.add_eos and self.eos is not None:
             whole.append(self.eos)
             ends[-1] += 1

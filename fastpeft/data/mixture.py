@@ -66,6 +66,12 @@ class MixedDataset(Dataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         return (self[index] for index in range(len(self)))
 
+    def prompt_of(self, index: int) -> list[int]:
+        """The tokens of an item's prompt, where the data sets can tell."""
+        number, row = self._place(index)
+        prompt: list[int] = self._datasets[number].prompt_of(row)
+        return prompt
+
     def _place(self, index: int) -> tuple[int, int]:
         """The data set of an item, and the row in it."""
         if not -len(self) <= index < len(self):

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import Dataset
 
 from fastpeft.data.comparisons import COMPARISON_KEYS, Comparison, parse_comparison
+from fastpeft.data.forms import Message, Record
 from fastpeft.data.layout import Encoder, Row, encode_all, fit
-from fastpeft.data.records import Message, OnBadRow, Record, describe_complaints, read_checked
+from fastpeft.data.records import OnBadRow, describe_complaints, read_checked
 from fastpeft.errors import UserError
 
 if TYPE_CHECKING:

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
+from fastpeft.data.forms import PROMPT_KEYS, Record, parse_row
 from fastpeft.data.layout import encode_prompt
-from fastpeft.data.records import OnBadRow, Record, RowError, describe_complaints, parse_row, read_checked
+from fastpeft.data.records import OnBadRow, describe_complaints, read_checked
+from fastpeft.data.row_values import RowError
 from fastpeft.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-PROMPT_KEYS = "one of the keys 'prompt', 'input' or 'messages'"
 
 
 @dataclass
@@ -98,8 +97,8 @@ def build_prompt_dataset(
     """Read prompts and turn them into tokens, as `encode_prompt` does for generation.
 
     Args:
-        source: a JSON Lines file, or rows in memory, with 'prompt', 'input' or 'messages'; an answer in a row is not
-            read into the prompt. Other keys are kept for the reward function.
+        source: a JSON Lines file, or rows in memory, in a form of `fastpeft.data.forms` that has a prompt; an
+            answer in a row is not read into the prompt. Other keys are kept for the reward function.
         tokenizer: its chat template is used when it has one.
         max_length: tokens a prompt may have; longer ones are dropped and counted.
         on_bad_row: ``"error"`` to list the bad rows and stop, ``"skip"`` to leave them out and count them.
@@ -119,10 +118,10 @@ def build_prompt_dataset(
         if len(ids) > max_length:
             report.dropped_too_long += 1
             continue
-        key = next(key for key in ("messages", "input", "prompt") if key in row)
+        prompt, keys = _as_given(record, row)
         report.longest = max(report.longest, len(ids))
-        columns = {name: value for name, value in row.items() if name != key}
-        items.append({"input_ids": ids, "prompt": row[key], "columns": columns})
+        columns = {name: value for name, value in row.items() if name not in keys}
+        items.append({"input_ids": ids, "prompt": prompt, "columns": columns})
     if report.complaints and on_bad_row == "error":
         raise UserError(describe_complaints(found.name, report.complaints, len(items)))
     report.kept = len(items)
@@ -130,3 +129,13 @@ def build_prompt_dataset(
     if not items:
         raise UserError(f"{report.name}: no prompt is left\n{report.summary()}")
     return PromptDataset(items, report)
+
+
+def _as_given(record: Record, row: Mapping[str, Any]) -> tuple[Any, Sequence[str]]:
+    """A row's prompt for the reward function, and the keys that make it up."""
+    if record.form == "Alpaca":
+        return record.turns[0].content, ("instruction", "input")
+    if record.form == "ShareGPT":
+        return [turn.as_dict() for turn in record.turns], ("conversations",)
+    key = next(key for key in ("messages", "input", "prompt") if key in row)
+    return row[key], (key,)

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Dataset
 
+from fastpeft.data.forms import Record
 from fastpeft.data.layout import Encoder, encode_all, fit
-from fastpeft.data.records import OnBadRow, Record, describe_complaints, read_records
+from fastpeft.data.records import OnBadRow, describe_complaints, read_records
 from fastpeft.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default ignore_index
 class DataReport:
     """What became of a source's rows; all counts are of rows or tokens.
 
-    ``rows == kept + dropped_too_long + bad_rows``; ``cut_prompts`` and ``empty_outputs`` are among the kept.
+    ``rows == kept + dropped_too_long + bad_rows``; ``cut_prompts`` and ``empty_outputs`` are among the kept. ``forms``
+    counts the kept by the form of their rows.
     """
 
     name: str
@@ -45,6 +47,7 @@ class DataReport:
     output_tokens: int = 0
     longest: int = 0
     shortest_dropped: int = 0
+    forms: dict[str, int] = field(default_factory=dict)
     complaints: list[str] = field(default_factory=list)
 
     def finish(self, on_bad_row: OnBadRow) -> None:
@@ -60,7 +63,8 @@ class DataReport:
         """A line on what was kept, and a line for each thing a person should know."""
         lines = [
             f"{self.name}: {self.kept:,} of {self.rows:,} rows, {self.prompt_tokens:,} prompt and "
-            f"{self.output_tokens:,} output tokens, longest row {self.longest:,} (limit {self.max_length:,})"
+            f"{self.output_tokens:,} output tokens, longest row {self.longest:,} (limit {self.max_length:,}); "
+            f"{forms_in_words(self.forms)}"
         ]
         if self.cut_prompts:
             lines.append(f"  {self.cut_prompts:,} too long: the beginning of the prompt was cut, the output is whole")
@@ -76,6 +80,14 @@ class DataReport:
         return "\n".join(lines)
 
 
+def forms_in_words(forms: Mapping[str, int]) -> str:
+    """Which forms rows have, the commonest first, with counts where there are several."""
+    if len(forms) < 2:
+        return f"form: {next(iter(forms), 'none')}"
+    common = sorted(forms.items(), key=lambda item: (-item[1], item[0]))
+    return f"forms: {', '.join(f'{name} {count:,}' for name, count in common)}"
+
+
 class SFTDataset(Dataset[dict[str, list[int]]]):
     """Tokenised rows: item i is ``{"input_ids": list[int], "labels": list[int]}``.
 
@@ -84,7 +96,8 @@ class SFTDataset(Dataset[dict[str, list[int]]]):
 
     Args:
         tokens: int32 ``(total,)``, the rows one after another.
-        is_target: bool ``(total,)``.
+        is_target: bool ``(total,)``. A row's first token has nothing before it to predict it from, so it is no target;
+            where it is marked, the row has no prompt.
         offsets: int64 ``(rows + 1,)``; row i is ``tokens[offsets[i]:offsets[i + 1]]``.
         report: what became of the source's rows.
     """
@@ -107,10 +120,9 @@ class SFTDataset(Dataset[dict[str, list[int]]]):
         start = int(self._starts[index])
         span = slice(start, start + int(self._lengths[index]))
         tokens = self._tokens[span]
-        return {
-            "input_ids": tokens.tolist(),
-            "labels": tokens.masked_fill(~self._is_target[span], IGNORE_INDEX).tolist(),
-        }
+        labels = tokens.masked_fill(~self._is_target[span], IGNORE_INDEX)
+        labels[0] = IGNORE_INDEX
+        return {"input_ids": tokens.tolist(), "labels": labels.tolist()}
 
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
         return (self[index] for index in range(len(self)))
@@ -121,6 +133,13 @@ class SFTDataset(Dataset[dict[str, list[int]]]):
         some = copy.copy(self)
         some._starts, some._lengths = self._starts[places], self._lengths[places]
         return some
+
+    def prompt_of(self, index: int) -> list[int]:
+        """The tokens before a row's (first) answer; the whole row where it has no prompt, as a text has none."""
+        start, length = int(self._starts[index]), int(self._lengths[index])
+        ids: list[int] = self._tokens[start : start + length].tolist()
+        first = int(self._is_target[start : start + length].int().argmax())
+        return ids[:first] or ids
 
     @property
     def lengths(self) -> list[int]:
@@ -140,7 +159,7 @@ def build_sft_dataset(
     """Read training examples and turn them into token rows with targets on the answers and their EOS.
 
     Args:
-        source: a JSON Lines file, or rows in memory, in one of the forms of `fastpeft.data.records`.
+        source: a JSON Lines file, or rows in memory, in one of the forms of `fastpeft.data.forms`.
         tokenizer: its chat template is used when it has one.
         max_length: tokens a row may have; longer rows lose prompt, never answer.
         on_bad_row: ``"error"`` to list the bad rows and stop, ``"skip"`` to leave them out and count them.
@@ -193,12 +212,15 @@ class TokenRows:
                 continue
             flags = row.target_flags()
             report.kept += 1
+            report.forms[row.record.form] = report.forms.get(row.record.form, 0) + 1
             report.cut_prompts += was_cut
             report.empty_outputs += any(turn.role == "assistant" and not turn.content for turn in row.record.turns)
             report.longest = max(report.longest, len(row.ids))
             report.output_tokens += sum(flags)
             report.prompt_tokens += len(row.ids) - sum(flags)
             self.tokens.extend(row.ids)
+            begin = row.answers[0][0]  # behind BOS, if there is one, where the row has no prompt
+            flags[0] = begin == 0 or (begin == 1 and row.ids[0] == encoder.bos_token_id)
             self.is_target.extend(flags)
             self.offsets.append(len(self.tokens))
 

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fastpeft.data.records import Message, Record, RowError
+from fastpeft.data.forms import Message, Record
+from fastpeft.data.row_values import RowError
 
 if TYPE_CHECKING:
     from fastpeft.data.layout import Encoder

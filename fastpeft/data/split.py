@@ -1,7 +1,8 @@
 """Held-out rows: taken from the training data by a fraction, and looked for in it where they come from elsewhere.
 
 A row whose prompt was trained on says little about new prompts. So a split puts rows with equal prompts on one side;
-`leaks` counts the rows of one data set whose prompts stand in another. Prompts are compared as the model reads them.
+`leaks` counts the rows of one data set whose prompts stand in another. Prompts are compared as the model reads them;
+a text, which has none, is compared as a whole.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
-from fastpeft.data.sft import IGNORE_INDEX
 from fastpeft.errors import UserError
 
 
@@ -100,10 +100,11 @@ def leak_warning(train: Any, held_out: Any) -> str | None:
 
 
 def _prompts(dataset: Any, seed: int = 0) -> Iterator[bytes]:
-    """A hash of what stands before the (first) answer of each row, as tokens."""
+    """A hash of what stands before the (first) answer of each row, as tokens; of the whole row where nothing does."""
     salt = seed.to_bytes(8, "little", signed=True)
-    for item in dataset:
-        ids = item["prompt_ids"] if "prompt_ids" in item else item["input_ids"]
+    for index, item in enumerate(dataset):
         if "labels" in item:
-            ids = ids[: next((i for i, label in enumerate(item["labels"]) if label != IGNORE_INDEX), len(ids))]
+            ids = dataset.prompt_of(index)
+        else:
+            ids = item["prompt_ids"] if "prompt_ids" in item else item["input_ids"]
         yield blake2b(array("i", ids).tobytes(), digest_size=16, salt=salt).digest()

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fastpeft.data.comparisons import COMPARISON_KEYS, parse_comparison
+from fastpeft.data.forms import FORM_NAMES, PROMPT_KEYS, SFT_KEYS, Message, Record, parse_row
+from fastpeft.data.json_lines import check_json_lines, parse_line
 from fastpeft.data.layout import Encoder, Row, encode_all, fit
 from fastpeft.data.parts import count_lines, lines_of_part, mapped, parts_of
 from fastpeft.data.preferences import fit_together, records_of
-from fastpeft.data.prompts import PROMPT_KEYS, parse_prompt
-from fastpeft.data.records import SFT_KEYS, Message, Record, RowError, check_json_lines, parse_line, parse_row
+from fastpeft.data.prompts import parse_prompt
+from fastpeft.data.row_values import RowError
 from fastpeft.data.skeleton import Skeleton, find_skeleton
 from fastpeft.data.token_counts import TokenCounter, is_cut
 from fastpeft.errors import UserError
@@ -33,11 +35,15 @@ if TYPE_CHECKING:
 
 Kind = Literal["sft", "preference", "prompt"]
 CUT, DROPPED, EMPTY, EQUAL, TIED = 1, 2, 4, 8, 16  # what a row's flags say
+_FORM_NUMBERS = {name: number for number, name in enumerate(FORM_NAMES)}
 _CHECKED = 16
 _SHOWN = 5  # rows of a part kept as examples
 _COMPLAINTS = 100  # of a part that are kept; all are counted
 _ROW: Any = np.dtype(
-    [("line", "i8"), ("tokens", "i4"), ("targets", "i4"), ("row", "u8"), ("prompt", "u8"), ("flags", "u1")]
+    [
+        *(("line", "i8"), ("tokens", "i4"), ("targets", "i4"), ("row", "u8"), ("prompt", "u8"), ("flags", "u1")),
+        ("form", "i1"),  # index of FORM_NAMES, or -1
+    ]
 )
 
 
@@ -49,7 +55,7 @@ class Survey:
         name: what messages call the source.
         kind: which rows they are.
         rows: for each good row its line, tokens before anything is cut, tokens that carry loss, hashes of the whole row
-            and of its prompt, and flags.
+            and of its prompt (of the whole where it has none), flags, and its form.
         bad: rows that cannot be used.
         complaints: about the first of them, with file and line.
         examples: some good rows, as ``(line, bytes)``.
@@ -69,6 +75,11 @@ class Survey:
     def count(self, flag: int) -> int:
         """Rows with a flag."""
         return int(np.count_nonzero(self.rows["flags"] & flag))
+
+    def forms(self) -> dict[str, int]:
+        """Rows of each form; empty for comparisons."""
+        numbers, counts = np.unique(self.rows["form"], return_counts=True)
+        return {FORM_NAMES[n]: int(count) for n, count in zip(numbers, counts, strict=True) if n >= 0}
 
     def places(self, flag: int, most: int) -> list[str]:
         """Where the first rows with a flag stand."""
@@ -164,6 +175,7 @@ class _Item:
     row: int
     prompt: int
     flags: int
+    form: int = -1
 
 
 @dataclass(frozen=True)
@@ -273,7 +285,8 @@ class _Surveyor:
     def _sft(self, row: Mapping[str, Any], line: int) -> _Item:
         record = parse_row(row, "")
         empty = any(turn.role == "assistant" and not turn.content for turn in record.turns)
-        return _Item(line, [record], *_hashes(record.turns[:-1], record.turns[-1].content), EMPTY if empty else 0)
+        asked, answer = (record.turns, "") if record.plain else (record.turns[:-1], record.turns[-1].content)
+        return _Item(line, [record], *_hashes(asked, answer), EMPTY if empty else 0, _FORM_NUMBERS[record.form])
 
     def _preference(self, row: Mapping[str, Any], line: int) -> _Item:
         comparison = parse_comparison(row, "")
@@ -284,7 +297,8 @@ class _Surveyor:
     def _prompt(self, row: Mapping[str, Any], line: int) -> _Item:
         record, _ = parse_prompt(row, "")
         turns = record.turns[:-1] if record.turns[-1].role == "assistant" else record.turns
-        return _Item(line, [Record((*turns, Message("assistant", "")), "")], *_hashes(turns), 0)
+        asked = Record((*turns, Message("assistant", "")), "")
+        return _Item(line, [asked], *_hashes(turns), 0, _FORM_NUMBERS[record.form])
 
     # Items to numbers.
 
@@ -303,7 +317,7 @@ class _Surveyor:
             flags = item.flags
             if prompt + answer > self._max_length:
                 flags |= self._outcome(item, prompt, answer)
-            rows.append((item.line, prompt + answer, answer, item.row, item.prompt, flags))
+            rows.append((item.line, prompt + answer, answer, item.row, item.prompt, flags, item.form))
         part.rows = np.array(rows, _ROW)
 
     def _outcome(self, item: _Item, prompt: int, answer: int) -> int:
@@ -350,6 +364,10 @@ class _Surveyor:
 
     def _lay_out(self, record: Record, texts: list[str]) -> _Laid:
         """Add the texts to count of a record: those of the prompt, then the answer; none where it is as training's."""
+        if record.plain:
+            text = self._encoder.render(record)
+            texts += ("", text.text)
+            return _Laid(2, len(self._encoder.plain_bos), int(text.add_eos))
         roles = tuple(turn.role for turn in record.turns)
         if self._encoder.has_template and roles not in self._frames:
             skeleton = find_skeleton(self._encoder, roles, self._template)

@@ -23,16 +23,19 @@ import tokenizers
 import torch
 import transformers
 
+from fastpeft.data.forms import SFT_KEYS, Record, parse_row
+from fastpeft.data.json_lines import check_json_lines, parse_line
 from fastpeft.data.layout import Encoder
 from fastpeft.data.parts import count_lines, lines_of_part, mapped, parts_of
-from fastpeft.data.records import SFT_KEYS, OnBadRow, Record, RowError, check_json_lines, parse_line, parse_row
+from fastpeft.data.records import OnBadRow
+from fastpeft.data.row_values import RowError
 from fastpeft.data.sft import DataReport, SFTDataset, TokenRows, check_options
 from fastpeft.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FORMAT = 1  # to be raised when rows are laid out or written differently
+_FORMAT = 2  # to be raised when rows are laid out or written differently
 _FILES = {"tokens": "<i4", "is_target": "?", "offsets": "<i8"}
 _MANIFEST = "manifest.json"
 _BLOCK = 1 << 24  # bytes hashed at a time
@@ -146,6 +149,8 @@ def _add(total: DataReport, part: DataReport) -> None:
     for count in ("kept", "cut_prompts", "dropped_too_long", "empty_outputs", "prompt_tokens", "output_tokens"):
         setattr(total, count, getattr(total, count) + getattr(part, count))
     total.longest = max(total.longest, part.longest)
+    for form, rows in part.forms.items():
+        total.forms[form] = total.forms.get(form, 0) + rows
     lengths = [length for length in (total.shortest_dropped, part.shortest_dropped) if length]
     total.shortest_dropped = min(lengths, default=0)
     total.complaints += part.complaints

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from fastpeft.data.records import Message, Record, RowError
+from fastpeft.data.forms import Message, Record
+from fastpeft.data.row_values import RowError
 from fastpeft.errors import UserError
 
 if TYPE_CHECKING:

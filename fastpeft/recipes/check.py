@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastpeft.data import build_preference_dataset, build_prompt_dataset, build_sft_dataset
-from fastpeft.data.records import read_first_row
+from fastpeft.data.json_lines import read_first_row
+from fastpeft.data.sft import forms_in_words
 from fastpeft.data.survey import CUT, DROPPED, EMPTY, EQUAL, TIED, Kind, Survey, survey
 from fastpeft.errors import UserError
 from fastpeft.recipes.load import load_tokenizer
@@ -78,7 +79,7 @@ class CheckReport:
         """The findings and the counts, for programs."""
         sources = [
             {"name": s.name, "rows": len(s.rows) + s.bad, "lines": s.lines, "bad": s.bad, "stride": s.stride,
-             "tokens": int(s.rows["tokens"].sum()), "target_tokens": int(s.rows["targets"].sum())}
+             "forms": s.forms(), "tokens": int(s.rows["tokens"].sum()), "target_tokens": int(s.rows["targets"].sum())}
             for s in self.surveys
         ]  # fmt: skip
         findings = [vars(finding) for finding in self.findings]
@@ -290,8 +291,10 @@ def _preview(pieces: Sequence[tuple[str, bool]]) -> Text:
 def _counts(found: Survey, report: CheckReport) -> list[str]:
     """The size of a source and the lengths of its rows."""
     tokens, targets = found.rows["tokens"], found.rows["targets"]
+    forms = f"; {forms_in_words(found.forms())}" if found.forms() else ""
     looked = "" if found.stride == 1 else f" (one in {found.stride:,} looked at)"
-    lines = [f"{found.name}: {len(found.rows) + found.bad:,} rows{looked}, {found.kind} data, checked as {report.kind}"]
+    rows = f"{len(found.rows) + found.bad:,} rows"
+    lines = [f"{found.name}: {rows}{looked}, {found.kind} data, checked as {report.kind}{forms}"]
     if not len(tokens):
         return lines
     middle, high = (int(np.percentile(tokens, q)) for q in (50, 95))

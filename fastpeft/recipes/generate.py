@@ -11,7 +11,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fastpeft.data import encode_prompt
-from fastpeft.data.records import read_prompt_rows, read_text_lines
+from fastpeft.data.json_lines import read_text_lines
+from fastpeft.data.records import read_prompt_rows
 from fastpeft.errors import UserError
 from fastpeft.methods import PeftModel
 from fastpeft.models.decode import DecodeOptions, Decoder, make_decoder

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from fastpeft.data import build_preference_dataset, parse_comparison
-from fastpeft.data.records import Message, RowError
+from fastpeft.data.forms import Message
+from fastpeft.data.row_values import RowError
 from fastpeft.errors import UserError
 
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}

@@ -16,7 +16,7 @@ from fastpeft.errors import UserError
 BUILD = {"sft": build_sft_dataset, "preference": build_preference_dataset, "prompt": build_prompt_dataset}
 GOOD = b'{"input": "a", "output": "b"}\n'
 ALONE = "FILE: 1 of 1 rows cannot be used\nFILE:1:"
-KEYS = "the keys 'input' and 'output', 'prompt' and 'completion', or 'messages'"
+KEYS = "the keys 'input' and 'output', 'prompt' and 'completion', 'instruction' and 'output', 'messages', 'conversations', or 'text'"
 SKIP = "(one bad row; on_bad_row: skip leaves it out)"
 MANGLED = [
     pytest.param("sft", b"", "FILE: it is empty; it needs rows with KEYS", id="empty"),
@@ -106,7 +106,7 @@ MANGLED = [
     pytest.param(
         "sft",
         GOOD + b'{"instruction": "a", "response": "b"}',
-        "FILE:2: no key of a known form; found 'instruction', 'response'; a row needs KEYS SKIP",
+        "FILE:2: no key 'output'; found 'instruction', 'response'; a row needs KEYS SKIP",
         id="alpaca",
     ),
     pytest.param(
@@ -154,7 +154,7 @@ MANGLED = [
     pytest.param(
         "sft",
         GOOD + b'{"messages": [{"from": "human", "value": "a"}]}',
-        "FILE:2: messages[0]: no key 'role' and 'content'; found 'from', 'value' SKIP",
+        "FILE:2: messages[0]: no key 'role' and 'content'; found 'from', 'value'; such turns stand under the key 'conversations' SKIP",
         id="sharegpt-turns",
     ),
     pytest.param(
@@ -162,6 +162,96 @@ MANGLED = [
         GOOD + b'{"input": "", "output": ""}',
         "FILE:2: prompt and output are both empty; there is nothing to learn SKIP",
         id="both-empty",
+    ),
+    pytest.param(
+        "sft",
+        GOOD + b'{"instruction": "a", "input": 3, "output": "b"}',
+        "FILE:2: key 'input' is a number (3); it must be a string SKIP",
+        id="alpaca-input-is-a-number",
+    ),
+    pytest.param(
+        "sft",
+        GOOD + b'{"instruction": "a", "input": "b", "ouput": "c"}',
+        "FILE:2: no key 'output'; found 'instruction', 'input', 'ouput'; did you mean 'output' where it says 'ouput'? SKIP",
+        id="alpaca-output-misspelt",
+    ),
+    pytest.param(
+        "sft",
+        GOOD + b'{"instrution": "a", "input": "b", "output": "c"}',
+        "FILE:2: key 'instrution' stands beside 'input' and 'output'; did you mean 'instruction'? If it is no part of the prompt, give it another name SKIP",
+        id="alpaca-instruction-misspelt",
+    ),
+    pytest.param(
+        "sft",
+        GOOD + b'{"instrution": "a", "output": "c"}',
+        "FILE:2: no key 'instruction'; found 'instrution', 'output'; did you mean 'instruction' where it says 'instrution'? SKIP",
+        id="alpaca-instruction-misspelt-without-input",
+    ),
+    pytest.param(
+        "sft",
+        GOOD + b'{"conversation": [{"from": "human", "value": "a"}]}',
+        "FILE:2: no key 'conversations'; found 'conversation'; did you mean 'conversations' where it says 'conversation'? SKIP",
+        id="conversations-misspelt",
+    ),
+    pytest.param(
+        "sft",
+        GOOD + b'{"conversations": [{"from": "humen", "value": "a"}, {"from": "gpt", "value": "b"}]}',
+        "FILE:2: conversations[0]: from is 'humen'; did you mean 'human'? SKIP",
+        id="from-misspelt",
+    ),
+    pytest.param(
+        "sft",
+        GOOD + b'{"conversations": [{"from": "human", "value": "a"}, {"from": "bing", "value": "b"}]}',
+        "FILE:2: conversations[1]: from is 'bing'; it must be one of human, gpt, system, user, assistant SKIP",
+        id="from-unknown",
+    ),
+    pytest.param(
+        "sft",
+        GOOD + b'{"conversations": [{"from": "human", "vlaue": "a"}]}',
+        "FILE:2: conversations[0]: no key 'value'; found 'from', 'vlaue'; did you mean 'value' where it says 'vlaue'? SKIP",
+        id="value-misspelt",
+    ),
+    pytest.param(
+        "sft",
+        GOOD + b'{"conversations": [{"role": "user", "content": "a"}]}',
+        "FILE:2: conversations[0]: no key 'from' and 'value'; found 'role', 'content'; such turns stand under the key 'messages' SKIP",
+        id="messages-under-conversations",
+    ),
+    pytest.param(
+        "sft",
+        GOOD + b'{"conversations": "a"}',
+        "FILE:2: key 'conversations' is a string; it must be a list of {'from', 'value'} objects SKIP",
+        id="conversations-are-text",
+    ),
+    pytest.param(
+        "sft",
+        GOOD + b'{"conversations": [{"from": "human", "value": "a"}]}',
+        "FILE:2: the last message is the user's; a training dialogue ends with the assistant's SKIP",
+        id="sharegpt-without-answer",
+    ),
+    pytest.param(
+        "sft",
+        GOOD + b'{"txet": "a"}',
+        "FILE:2: no key 'text'; found 'txet'; did you mean 'text' where it says 'txet'? SKIP",
+        id="text-misspelt",
+    ),
+    pytest.param(
+        "sft",
+        GOOD + b'{"text": " "}',
+        "FILE:2: key 'text' is empty; there is nothing to learn SKIP",
+        id="text-empty",
+    ),
+    pytest.param(
+        "sft",
+        GOOD + b'{"text": "a", "output": "b"}',
+        "FILE:2: the row has 'text' and 'output'; keep the keys of one form, so that it is clear what to train on SKIP",
+        id="text-beside-a-part-of-another-form",
+    ),
+    pytest.param(
+        "sft",
+        GOOD + b'{"conversations": [], "messages": []}',
+        "FILE:2: the row has 'messages' and 'conversations'; keep the keys of one form, so that it is clear what to train on SKIP",
+        id="two-kinds-of-dialogue",
     ),
     pytest.param(
         "preference",
@@ -196,7 +286,7 @@ MANGLED = [
     pytest.param(
         "prompt",
         b'{"propmt": "p"}',
-        "ALONE no key 'input', 'prompt' or 'messages'; found 'propmt'; did you mean 'prompt' where it says 'propmt'?",
+        "ALONE no key 'input', 'prompt', 'instruction', 'messages' or 'conversations'; found 'propmt'; did you mean 'prompt' where it says 'propmt'?",
         id="no-prompt",
     ),
     pytest.param(

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from fastpeft.data import load_records, read_records
-from fastpeft.data.records import Message, read_prompt_rows, read_text_lines
+from fastpeft.data.forms import Message
+from fastpeft.data.json_lines import read_text_lines
+from fastpeft.data.records import read_prompt_rows
 from fastpeft.errors import UserError
 
 
@@ -19,6 +21,7 @@ def write(path: Path, *lines: str | bytes | dict) -> Path:
     return path
 
 
+PROMPTS = "'input', 'prompt', 'instruction', 'messages' or 'conversations'"
 GOOD = {"input": "2+2?", "output": "4"}
 
 
@@ -36,14 +39,47 @@ GOOD = {"input": "2+2?", "output": "4"}
             "",
             id="messages",
         ),
+        pytest.param(
+            {"instruction": "a", "input": "b", "output": "c", "text": "whole"},
+            [("user", "a\n\nb"), ("assistant", "c")],
+            "\n\n",
+            id="alpaca",
+        ),
+        pytest.param({"instruction": "a", "output": "c"}, [("user", "a"), ("assistant", "c")], "\n\n", id="no-input"),
+        pytest.param(
+            {"instruction": "a", "input": None, "output": "c"},
+            [("user", "a"), ("assistant", "c")],
+            "\n\n",
+            id="null-input",
+        ),
+        pytest.param(
+            {"instruction": "a", "input": " ", "output": "\nc"},
+            [("user", "a"), ("assistant", "\nc")],
+            "",
+            id="blank-input",
+        ),
+        pytest.param(
+            {
+                "conversations": [
+                    {"from": who, "value": text}
+                    for who, text in [("system", "s"), ("human", "a"), ("gpt", "b"), ("user", "c"), ("assistant", "d")]
+                ]
+            },
+            [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")],
+            "",
+            id="sharegpt",
+        ),
+        pytest.param({"text": "a b", "id": 3}, [("assistant", "a b")], "", id="text"),
+        pytest.param({**GOOD, "text": "whole"}, [("user", "2+2?"), ("assistant", "4")], " ", id="text-beside"),
         pytest.param({**GOOD, "id": 7, "tags": None}, [("user", "2+2?"), ("assistant", "4")], " ", id="extra-keys"),
     ],
 )
-def test_the_three_forms(tmp_path, row, turns, separator):
+def test_every_form(tmp_path, row, turns, separator):
     (record,) = load_records(write(tmp_path / "a.jsonl", row))
     assert record.turns == tuple(Message(*turn) for turn in turns)
     assert record.separator == separator
     assert record.where == f"{tmp_path / 'a.jsonl'}:1"
+    assert record.plain == (turns[0][0] == "assistant")
 
 
 def test_blank_lines_bom_crlf_and_line_separators_inside_strings(tmp_path):
@@ -227,7 +263,8 @@ def test_empty_list():
 
 
 def test_prompt_rows_need_no_answer_and_keep_their_other_keys(tmp_path):
-    rows = [{"input": "a", "id": 7}, GOOD, {"messages": [{"role": "user", "content": "b"}]}]
+    rows = [{"input": "a", "id": 7}, GOOD, {"messages": [{"role": "user", "content": "b"}]}, {"instruction": "a"},
+            {"instruction": "a", "input": "b"}, {"conversations": [{"from": "human", "value": "c"}]}]  # fmt: skip
     assert (
         read_prompt_rows(write(tmp_path / "p.jsonl", b"\xef\xbb\xbf" + json.dumps(rows[0]).encode(), *rows[1:])) == rows
     )
@@ -238,11 +275,17 @@ def test_prompt_rows_need_no_answer_and_keep_their_other_keys(tmp_path):
     [
         (
             {"inptu": "a"},
-            "no key 'input', 'prompt' or 'messages'; found 'inptu'; did you mean 'input' where it says 'inptu'?",
+            "no key PROMPTS; found 'inptu'; did you mean 'input' where it says 'inptu'?",
         ),
-        ({"text": "a"}, "no key 'input', 'prompt' or 'messages'; found 'text'"),
-        ({}, "the object is empty; it needs one of the keys 'input', 'prompt' or 'messages'"),
-        ("[1]", "the line is a list; it must be an object with one of the keys 'input', 'prompt' or 'messages'"),
+        ({"text": "a"}, "no key PROMPTS; found 'text'"),
+        (
+            {},
+            "the object is empty; it needs one of the keys PROMPTS",
+        ),
+        (
+            "[1]",
+            "the line is a list; it must be an object with one of the keys PROMPTS",
+        ),
         ({"prompt": 7}, "key 'prompt' is a number (7); it must be a string"),
     ],
     ids=["misspelt", "another-key", "empty", "a-list", "a-number"],
@@ -252,7 +295,7 @@ def test_a_bad_prompt_row_is_told_of_prompts_alone(tmp_path, line, words):
     file = write(tmp_path / "p.jsonl", GOOD, line)
     with pytest.raises(UserError) as caught:
         read_prompt_rows(file)
-    assert str(caught.value) == f"{file}:2: {words}"
+    assert str(caught.value) == f"{file}:2: {words}".replace("PROMPTS", PROMPTS)
 
 
 def test_several_bad_prompt_rows_are_listed_without_training_advice(tmp_path):

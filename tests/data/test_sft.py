@@ -150,7 +150,10 @@ def test_prompts_of_every_form(chat_tokenizer, tmp_path):
     assert all(encode_prompt(prompt, chat_tokenizer) == wanted for prompt in same)
     with pytest.raises(UserError, match=r"encode_prompt: .*messages\[0\]: no key 'role'"):
         encode_prompt([{"content": "a"}], chat_tokenizer)
-    with pytest.raises(UserError, match="encode_prompt: no key 'input', 'prompt' or 'messages'; found 'x'"):
+    with pytest.raises(
+        UserError,
+        match=r"encode_prompt: no key 'input', .* or 'conversations'; found 'x'",
+    ):
         encode_prompt({"x": "a"}, chat_tokenizer)
 
 

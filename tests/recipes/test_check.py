@@ -27,7 +27,7 @@ def codes(report):
 def test_good_data_is_counted_and_shown(job, capsys):
     code, shown = check(job, capsys=capsys)
     assert code == 0
-    assert "train.jsonl: 8 rows, sft data, checked as sft" in shown.out
+    assert "train.jsonl: 8 rows, sft data, checked as sft; form: input/output\n" in shown.out
     assert "nothing to complain of" in shown.out
     assert shown.out.count("-- train.jsonl:") == 5
     assert not (job / "out").exists()
@@ -42,6 +42,14 @@ def test_bad_rows_are_errors_with_file_and_line(job, rows, write_rows, capsys):
     code, shown = check(job, "data.on_bad_row=skip", capsys=capsys)
     assert code == 0 and "warning [bad-row]" in shown.out
     assert check(job, "data.on_bad_row=skip", "--strict", capsys=capsys)[0] == 1
+
+
+def test_forms_are_named_and_counted(job, rows, write_rows):
+    more = [{"instruction": "a", "input": "b", "output": "c"}, {"text": "seven green cups"}, {"text": "cups"}]
+    write_rows(job / "train.jsonl", [*rows, *more])
+    report = run_check(job / "job.yaml", workers=1)
+    assert described(report)[0].plain.endswith("; forms: input/output 8, text 2, Alpaca 1")
+    assert json.loads(report.as_json())["sources"][0]["forms"] == {"input/output": 8, "text": 2, "Alpaca": 1}
 
 
 def test_each_finding_has_its_count_and_first_places(job, rows, write_rows):

@@ -236,8 +236,8 @@ def test_generate_complaints(job: Path, model_folder: Path, capsys: pytest.Captu
     assert "--max-new-tokens" in complaint("--model", str(model_folder), "--prompt", "x", "--max-new-tokens", "0")
     (job / "p.jsonl").write_text('{"input": "a"}\n[1]\n')
     assert complaint("--model", str(model_folder), "--input", "p.jsonl") == (
-        "error: p.jsonl:2: the line is a list; it must be an object with one of the keys 'input', 'prompt' or "
-        "'messages'\n"
+        "error: p.jsonl:2: the line is a list; it must be an object with one of the keys 'input', 'prompt', "
+        "'instruction', 'messages' or 'conversations'\n"
     )
     (job / "p.txt").write_text("\n\n")
     assert "p.txt holds no prompt" in complaint("--model", str(model_folder), "--input", "p.txt")
@@ -288,7 +288,7 @@ def test_a_bad_prompt_in_memory_is_named_by_its_number(job: Path, model_folder: 
     with pytest.raises(UserError) as caught:
         generate_answers(model, tokenizer, ["good", {"inptu": "a"}])
     assert str(caught.value).startswith(
-        "generate: prompt 2: no key 'input', 'prompt' or 'messages'; found 'inptu'; did"
+        "generate: prompt 2: no key 'input', 'prompt', 'instruction', 'messages' or 'conversations'; found 'inptu'; did"
     )
 
 
