@@ -6,11 +6,16 @@ import difflib
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from bench.environment import ROOT
+import torch
+
+from bench.case import OURS
+from bench.environment import ROOT, environment
+from bench.report import append_record
 from bench.step import Setup
 
 _TIMEOUT_S = 540
@@ -34,6 +39,41 @@ def run_in_process(module: str, setup: Setup) -> dict[str, Any]:
         return {"status": "failed", "detail": f"exit code {done.returncode}: {said[-1] if said else 'no output'}"}
     outcome: dict[str, Any] = json.loads(lines[-1])
     return outcome
+
+
+def run_stacks(
+    suite: str,
+    module: str,
+    setups: Sequence[Setup],
+    model: str,
+    rows: Callable[[Setup, dict[str, Any]], Iterable[str]],
+    results: Path | None,
+) -> int:
+    """Run stacks one after the other, and print and keep their rows.
+
+    Args:
+        suite: its name, that of the file in ``results``.
+        module: as for `run_in_process`.
+        setups: of the stacks, fastpeft's first.
+        model: what is run, in a line.
+        rows: lines of a setup and its outcome; called in the order of the setups.
+        results: folder the JSON lines go to; None to keep nothing.
+    Returns:
+        0; 1 when one of fastpeft's failed.
+    """
+    where = environment(torch.device(setups[0].device))
+    print(where.header())
+    print(f"model     {model}", flush=True)
+    failed = False
+    for setup in setups:
+        outcome = run_in_process(module, setup)
+        failed |= setup.stack == OURS and outcome["status"] != "ok"
+        for row in rows(setup, outcome):
+            print(row, flush=True)
+        if results is not None:
+            record = {"suite": suite, "setup": asdict(setup), "outcome": outcome, "environment": where.as_dict()}
+            append_record(results, suite, record)
+    return int(failed)
 
 
 def known_names(given: str, choices: Iterable[str], what: str) -> list[str]:

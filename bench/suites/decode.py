@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench.case import OURS
 from bench.decode import DecodeSetup
-from bench.environment import environment
 from bench.peers.decode import STACKS
-from bench.process import known_names, run_in_process
-from bench.report import append_record, format_ratio
-from bench.step import median
+from bench.process import known_names, run_stacks
+from bench.report import format_ratio
+from bench.step import Setup, median
 from bench.suites.train_step import TINY, read_sizes
 
 NAME = "decode"
@@ -44,22 +41,15 @@ def main(arguments: list[str], results: Path) -> int:
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    where = environment(torch.device(setups[0].device))
-    print(where.header())
-    print(f"model     {_describe(setups[0])}", flush=True)
     ours: dict[int, dict[str, Any]] = {}
-    failed = False
-    for setup in setups:
-        outcome = run_in_process("bench.decode", setup)
+
+    def rows(setup: Setup, outcome: dict[str, Any]) -> list[str]:
+        assert isinstance(setup, DecodeSetup)
         if setup.stack == OURS:
-            failed = outcome["status"] != "ok"
-            ours = {batch["batch"]: batch for batch in outcome.get("batches", ())}
-        for row in format_rows(setup, outcome, ours):
-            print(row, flush=True)
-        if not options.no_save:
-            record = {"suite": NAME, "setup": asdict(setup), "outcome": outcome, "environment": where.as_dict()}
-            append_record(results, NAME, record)
-    return int(failed)
+            ours.update({batch["batch"]: batch for batch in outcome.get("batches", ())})
+        return format_rows(setup, outcome, ours)
+
+    return run_stacks(NAME, "bench.decode", setups, _describe(setups[0]), rows, None if options.no_save else results)
 
 
 def format_rows(setup: DecodeSetup, outcome: dict[str, Any], ours: dict[int, dict[str, Any]]) -> list[str]:

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench.case import OURS
-from bench.environment import environment
 from bench.peers.dpo import STACKS
-from bench.process import known_names, run_in_process
-from bench.report import append_record
+from bench.process import known_names, run_stacks
 from bench.step import Setup
 from bench.suites.train_step import TINY, format_row, read_sizes
 
@@ -44,23 +40,19 @@ def main(arguments: list[str], results: Path) -> int:
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    where = environment(torch.device(base.device))
-    print(where.header())
-    print(
-        f"model     Llama of random weights, {base.layers} layers of {base.hidden}/{base.intermediate}, NF4, "
-        f"r={base.rank}; {base.batch} pairs of {base.tokens} tokens",
-        flush=True,
+    model = (
+        f"Llama of random weights, {base.layers} layers of {base.hidden}/{base.intermediate}, NF4, r={base.rank}; "
+        f"{base.batch} pairs of {base.tokens} tokens"
     )
     ours: dict[str, Any] | None = None
-    for setup in setups:
-        outcome = run_in_process("bench.dpo", setup)
+
+    def rows(setup: Setup, outcome: dict[str, Any]) -> list[str]:
+        nonlocal ours
         if setup.stack == OURS and outcome["status"] == "ok":
             ours = outcome
-        print(format_row(replace(setup, batch=2 * setup.batch), outcome, ours, NAME), flush=True)
-        if not options.no_save:
-            record = {"suite": NAME, "setup": asdict(setup), "outcome": outcome, "environment": where.as_dict()}
-            append_record(results, NAME, record)
-    return int(ours is None)
+        return [format_row(replace(setup, batch=2 * setup.batch), outcome, ours, NAME)]
+
+    return run_stacks(NAME, "bench.dpo", setups, model, rows, None if options.no_save else results)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,17 +9,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.case import OURS
-from bench.environment import environment
 from bench.peers.train_step import STACKS
-from bench.process import known_names, run_in_process
-from bench.report import append_record, format_ratio
+from bench.process import known_names, run_stacks
+from bench.report import format_ratio
 from bench.step import Setup, median
 
 NAME = "train_step"
@@ -58,23 +57,16 @@ def main(arguments: list[str], results: Path) -> int:
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    where = environment(torch.device(setups[0].device))
-    print(where.header())
-    print(f"model     {_describe(setups[0])}", flush=True)
     ours: dict[str, Any] | None = None
-    failed = False
-    for setup in setups:
-        outcome = run_in_process("bench.step", setup)
-        if setup.stack == OURS:
-            failed |= outcome["status"] != "ok"
-            ours = outcome if outcome["status"] == "ok" and ours is None else ours
-        print(format_row(setup, outcome, ours), flush=True)
-        if "kernels" in outcome:
-            print("\n".join(profile_lines(outcome)), flush=True)
-        if not options.no_save:
-            record = {"suite": NAME, "setup": asdict(setup), "outcome": outcome, "environment": where.as_dict()}
-            append_record(results, NAME, record)
-    return int(failed)
+
+    def rows(setup: Setup, outcome: dict[str, Any]) -> list[str]:
+        nonlocal ours
+        if setup.stack == OURS and outcome["status"] == "ok" and ours is None:
+            ours = outcome
+        return [format_row(setup, outcome, ours), *(profile_lines(outcome) if "kernels" in outcome else ())]
+
+    kept = None if options.no_save else results
+    return run_stacks(NAME, "bench.step", setups, _describe(setups[0]), rows, kept)
 
 
 def format_row(setup: Setup, outcome: dict[str, Any], ours: dict[str, Any] | None, suite: str = NAME) -> str:
