@@ -86,14 +86,16 @@ def smollm2() -> tuple[nn.Module, Any]:
 
 
 @pytest.mark.parametrize(("name", "base"), CASES)
-def test_learns_resumes_saves_and_merges(smollm2: tuple[nn.Module, Any], name: str, base: str, tmp_path: Path) -> None:
+def test_learns_resumes_saves_and_merges(
+    smollm2: tuple[nn.Module, Any], name: str, base: str, device: str, tmp_path: Path
+) -> None:
     dense, tokenizer = smollm2
     config, rate = METHODS[name]
-    ids = tokenizer(ROWS[0]["input"] + " " + ROWS[0]["output"], return_tensors="pt")["input_ids"]
+    ids = tokenizer(ROWS[0]["input"] + " " + ROWS[0]["output"], return_tensors="pt")["input_ids"].to(device)
 
     def fresh() -> nn.Module:
         model = copy.deepcopy(dense)
-        return quantize(model) if base == "nf4" else model
+        return (quantize(model) if base == "nf4" else model).to(device)
 
     def trainer() -> SFTTrainer:
         torch.manual_seed(2)
@@ -108,7 +110,7 @@ def test_learns_resumes_saves_and_merges(smollm2: tuple[nn.Module, Any], name: s
             report_to="none",
             progress=False,
             max_length=64,
-            use_cpu=True,
+            use_cpu=device == "cpu",
         )
         return SFTTrainer(get_peft_model(fresh(), config), args, ROWS, processing_class=tokenizer)
 
@@ -116,7 +118,7 @@ def test_learns_resumes_saves_and_merges(smollm2: tuple[nn.Module, Any], name: s
     before = whole.evaluate(whole.train_dataset)["eval_loss"]
     whole.train()
     after = whole.evaluate(whole.train_dataset)["eval_loss"]
-    print(f"\n{name:14} {base:5} loss {before:.4f} -> {after:.4f}", end=" ")
+    print(f"\n{name:14} {base:5} {device:4} loss {before:.4f} -> {after:.4f}", end=" ")
     assert after < before
     model: Any = whole.model
     expected = logits(model, ids)
@@ -130,7 +132,7 @@ def test_learns_resumes_saves_and_merges(smollm2: tuple[nn.Module, Any], name: s
 
     model.save_pretrained(tmp_path / "saved")
     if name == "full":
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).to(device)
         assert torch.equal(logits(loaded, ids), expected)
         return
     loaded = PeftModel.from_pretrained(quantize(fresh()) if name == "loftq" else fresh(), tmp_path / "saved")
