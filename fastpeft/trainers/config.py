@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments, get_scheduler
@@ -117,6 +117,8 @@ class BaseConfig(TrainingArguments):
         QLoRA, arXiv 2305.14314, appendix B.
     """
 
+    best_metric: ClassVar[str] = "eval_loss"  # by which evaluations are compared; a loss is best where it is least
+
     learning_rate: float = 2e-4
     lr_scheduler_type: Any = "cosine"
     warmup_steps: float = 0.03
@@ -163,7 +165,7 @@ class BaseConfig(TrainingArguments):
         self._resolve_checkpointing()
         strategy = getattr(self.eval_strategy, "value", self.eval_strategy)
         if strategy != "no" and getattr(self, "metric_for_best_model", None) is None:
-            self.metric_for_best_model = "eval_loss"  # the best checkpoint is known then, and kept
+            self.metric_for_best_model = self.best_metric  # the best checkpoint is known then, and kept
         super().__post_init__()
         self._check_schedule()
         self._check_loggers()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from fastpeft.errors import did_you_mean
 from fastpeft.trainers.config import BaseConfig
@@ -81,6 +81,8 @@ class PPOConfig(BaseConfig):
     Source:
         Ziegler et al., arXiv 1909.08593, section 2.2 (adaptive KL); GRPO: DeepSeekMath, arXiv 2402.03300.
     """
+
+    best_metric: ClassVar[str] = "eval_objective/rlhf_reward"
 
     learning_rate: float = 1e-5
     warmup_steps: float = 0.0
