@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -50,9 +51,9 @@ class Steps:
 
     def run(self, size: int, rows: Rows, stop_ids: Tensor) -> Drawn:
         """Start a step, and the copy of what it draws."""
+        if self._use_graphs and size not in self._graphs:
+            self._graphs[size] = self._captured(size, rows, stop_ids)
         if self._use_graphs:
-            if size not in self._graphs:
-                self._graphs[size] = self._capture(size, rows, stop_ids)
             self._graphs[size].replay()
         else:
             self._step(size, rows, stop_ids)
@@ -71,6 +72,22 @@ class Steps:
         ready = torch.cuda.Event()
         ready.record()
         return Drawn(host_token, host_logprob, ready)
+
+    def _captured(self, size: int, rows: Rows, stop_ids: Tensor) -> Any:
+        """A captured step; a model whose forward looks at values on the host cannot be captured, and runs as it is."""
+        lengths = rows.state.lengths.clone()
+        try:
+            return self._capture(size, rows, stop_ids)
+        except RuntimeError as error:
+            self._use_graphs = False
+            rows.state.lengths.copy_(lengths)
+            said = str(error).strip().splitlines()
+            warnings.warn(
+                f"generate: a step cannot be captured into a CUDA graph ({said[0] if said else type(error).__name__}); "
+                "steps are launched one by one, more slowly",
+                stacklevel=2,
+            )
+            return None
 
     def _capture(self, size: int, rows: Rows, stop_ids: Tensor) -> Any:
         """Capture a step; while it is tried out all rows are idle, so that nothing moves on."""
