@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
-import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,14 +45,23 @@ COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if l
 def test_commands_parse(line: str) -> None:
     """Each documented subcommand exists, with its options."""
     words = line.split("#")[0].split()
-    fastpeft = shutil.which("fastpeft")
-    if fastpeft is None:
-        pytest.skip("the fastpeft command is not on PATH")
-    shown = subprocess.run([fastpeft, words[1], "--help"], text=True, capture_output=True)
+    command = words[1:2] if words[1] != "config" else words[1:3]
+    # Wide, so that no option is broken up.
+    asked = [sys.executable, "-m", "fastpeft", *command, "--help"]
+    shown = subprocess.run(asked, text=True, capture_output=True, env={**os.environ, "COLUMNS": "200"})
     assert shown.returncode == 0, shown.stderr
     for word in words[2:]:
         if word.startswith("--"):
             assert word in shown.stdout, f"{word} is not an option of fastpeft {words[1]}"
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.split()[1] in ("sft", "finetune")])
+def test_runs_that_are_named_are_as_they_should(line: str) -> None:
+    """Their files and overrides come to a run, which is not started."""
+    words = line.split("#")[0].split()
+    asked = [sys.executable, "-m", "fastpeft", *words[1:], "--dry-run"]
+    found = subprocess.run(asked, text=True, capture_output=True, cwd=ROOT)
+    assert found.returncode == 0, found.stderr
 
 
 def test_files_that_are_named_exist() -> None:
