@@ -5,7 +5,6 @@ A row takes all pages it can need when it begins and gives them back when it end
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 PAGE_SIZE = 64  # tokens
@@ -20,13 +19,11 @@ class PagedCache:
     """Pages of each layer, and which of them are free.
 
     Args:
-        pages: how many.
-        device: where they are. Layers get theirs when they first write, by the sizes they write.
+        pages: how many. Layers get theirs when they first write, by the sizes and on the device they write.
     """
 
-    def __init__(self, pages: int, device: torch.device) -> None:
+    def __init__(self, pages: int) -> None:
         self.pages = pages
-        self._device = device
         self._free = list(range(pages - 1, -1, -1))
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -37,8 +34,7 @@ class PagedCache:
 
     def take(self, count: int) -> list[int]:
         """Take free pages; there must be as many."""
-        taken = [self._free.pop() for _ in range(count)]
-        return taken
+        return [self._free.pop() for _ in range(count)]
 
     def give_back(self, pages: list[int]) -> None:
         """Give pages back."""

@@ -16,7 +16,6 @@ import inspect
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -88,9 +87,10 @@ class DecodeEngine:
         self._device = self._embeddings.weight.device
         self._max_batch = max_batch
         self._use_graphs = self._device.type == "cuda" if use_graphs is None else use_graphs
-        self._cache = PagedCache(0, self._device)
+        self._cache = PagedCache(0)
         self._rows = Rows(0, 0, self._device, 0)
         self._steps: Steps | None = None
+        self._stop_ids = torch.zeros(0, dtype=torch.int64, device=self._device)
         self._made_for: Any = None
         self._confirm()
 
@@ -125,12 +125,10 @@ class DecodeEngine:
         requests = self._requests(prompts, options)
         if not requests:
             return
-        stop_ids = torch.tensor(requests[0].options.stop_ids, dtype=torch.int64, device=self._device)
-        self._prepare(requests, stop_ids)
-        with ExitStack() as stack:
-            stack.enter_context(running(self._base))
+        self._prepare(requests)
+        with running(self._base):
             try:
-                yield from self._run(deque(requests), stop_ids)
+                yield from self._run(deque(requests), self._stop_ids)
             finally:
                 active = self._rows.active
                 if active:  # the caller has left, or something failed
@@ -144,7 +142,7 @@ class DecodeEngine:
     def release(self) -> None:
         """Give the cache and captured steps back; the next call makes them anew."""
         self._steps = None
-        self._cache = PagedCache(0, self._device)
+        self._cache = PagedCache(0)
         self._rows = Rows(0, 0, self._device, 0)
 
     # --- requests ---
@@ -187,21 +185,25 @@ class DecodeEngine:
             return None
         return prompts.tokens(count)
 
-    def _prepare(self, requests: Sequence[Request], stop_ids: Tensor) -> None:
+    def _prepare(self, requests: Sequence[Request]) -> None:
         """Make room for as many of the requests at a time as there are rows, and steps if those there do not fit."""
         size = min(self._max_batch, len(requests))
         wanted = sorted((request.page_count for request in requests), reverse=True)
         pages, row_pages = sum(wanted[:size]), wanted[0]
         penalised = any(request.options.repetition_penalty != 1 for request in requests)
         vocabulary = self._base.get_output_embeddings().weight.shape[0] if penalised else 0
-        made_for = (fingerprint(self._model), tuple(stop_ids.tolist()))
+        stop_ids = requests[0].options.stop_ids
+        made_for = (fingerprint(self._model), stop_ids)
         has_room = self._rows.size >= size and self._rows.row_pages >= row_pages and self._cache.pages >= pages
         if self._steps is not None and has_room and made_for == self._made_for and vocabulary == self._rows.vocabulary:
             return
         self.release()
-        self._cache = PagedCache(pages, self._device)
+        self._cache = PagedCache(pages)
         self._rows = Rows(size, row_pages, self._device, vocabulary)
         self._steps = Steps(self._step, size, self._use_graphs)
+        self._stop_ids = torch.tensor(
+            stop_ids, dtype=torch.int64, device=self._device
+        )  # a captured step reads it there
         self._made_for = made_for
 
     # --- the loop ---
@@ -319,7 +321,7 @@ class DecodeEngine:
         requests = [Request(i, text[:-1], DecodeOptions(1), 0, 0) for i, text in enumerate(texts)]
         virtual = self._virtual_tokens(1)
         requests = [replace(request, virtual=0 if virtual is None else virtual.shape[1]) for request in requests]
-        self._prepare(requests, torch.zeros(0, dtype=torch.int64, device=self._device))
+        self._prepare(requests)
         mode = self._model.training
         try:
             with running(self._base):
