@@ -2,6 +2,8 @@
 #include "fastpeft/nf4_linear.h"
 
 #include <algorithm>
+#include <array>
+#include <vector>
 
 #include "bindings/bindings.h"
 #include "common/error.h"
@@ -71,6 +73,19 @@ void bind_nf4_linear(py::module_& m) {
       py::arg("m"), py::arg("n"), py::arg("k"), py::arg("transposed"), py::arg("block_size"), py::arg("dtype"),
       py::arg("aligned"), py::arg("architecture"), py::arg("sms"), py::arg("smem_bytes"), py::arg("wgmma"));
   m.def(
+      "nf4_linear_group_plan",
+      [](int64_t rows, const std::vector<int64_t>& n, int64_t k, int dtype, int architecture, int sms, int smem_bytes,
+         bool wgmma) {
+        check(n.size() <= kMostGroupedWeights, "nf4_linear_group_plan: ", n.size(), " weights; at most ",
+              kMostGroupedWeights);
+        cuda::NF4LinearSizes sizes{rows, 0, k, false, 64, static_cast<DType>(dtype), true, true};
+        std::copy(n.begin(), n.end(), sizes.group);
+        const cuda::NF4LinearPlan plan = cuda::nf4_linear_group_plan(sizes, {architecture, sms, smem_bytes, wgmma});
+        return py::make_tuple(plan.kernel != cuda::NF4LinearKernel::kDequantise, plan.workspace_bytes, plan.counters);
+      },
+      py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype"), py::arg("architecture"), py::arg("sms"),
+      py::arg("smem_bytes"), py::arg("wgmma"));
+  m.def(
       "nf4_linear_tiles_items",
       [](int rows, int out, int depth, int sms, bool forward) {
         namespace tiles = cuda::nf4_tiles;
@@ -114,6 +129,30 @@ void bind_nf4_linear(py::module_& m) {
       py::arg("nested_map"), py::arg("offset"), py::arg("block_size"), py::arg("bias"), py::arg("y"), py::arg("dtype"),
       py::arg("m"), py::arg("n"), py::arg("k"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("counters"),
       py::arg("wgmma"), py::arg("adapter").none(true), py::arg("context"));
+  m.def(
+      "nf4_linear_group",
+      [](Address x, const std::vector<std::array<Address, 5>>& weights, const std::vector<int64_t>& n, Address y,
+         int dtype, int64_t rows, int64_t k, Address workspace, int64_t workspace_bytes, Address counters,
+         const Context& context) {
+        check(weights.size() == n.size() && n.size() > 1 && n.size() <= kMostGroupedWeights,
+              "nf4_linear_group: ", weights.size(), " weights with ", n.size(), " sizes; needs as many, 2 to ",
+              kMostGroupedWeights);
+        NF4LinearArgs args{};
+        args.x = at<void>(x), args.y = at<void>(y), args.dtype = static_cast<DType>(dtype), args.m = rows, args.k = k;
+        args.workspace = at<void>(workspace), args.workspace_bytes = workspace_bytes;
+        args.counters = at<unsigned>(counters), args.wgmma = true;
+        args.group.count = static_cast<int>(n.size());
+        for (size_t i = 0; i < n.size(); ++i) {
+          const auto& [codes, absmax, nested_absmax, nested_map, offset] = weights[i];
+          args.group.w[i] = nf4_view(codes, absmax, nested_absmax, nested_map, offset, n[i] * k, 64);
+          args.group.n[i] = n[i], args.n += n[i];
+        }
+        args.w = args.group.w[0];
+        py::gil_scoped_release unlocked;
+        cuda::nf4_linear(args, context);
+      },
+      py::arg("x"), py::arg("weights"), py::arg("n"), py::arg("y"), py::arg("dtype"), py::arg("m"), py::arg("k"),
+      py::arg("workspace"), py::arg("workspace_bytes"), py::arg("counters"), py::arg("context"));
 }
 
 }  // namespace fastpeft::bindings

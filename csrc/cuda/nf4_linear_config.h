@@ -15,7 +15,7 @@
 #include "common/integer.h"
 #include "cuda/device_limits.h"
 #include "cuda/nf4_linear_tiles_plan.h"
-#include "fastpeft/types.h"
+#include "fastpeft/nf4_linear.h"
 
 namespace fastpeft::cuda {
 
@@ -23,7 +23,8 @@ namespace nf4_decode {
 constexpr int kUnit = 16;             // rows of one mma
 constexpr int kItemBytes = 16 * 128;  // of codes: 16 rows by 256 k, or 32 rows by 128 k
 constexpr int kMostTokens = 16;
-constexpr int kStages = 3;  // items of a warp in its ring
+constexpr int kGroupWarps = 16;  // where there are several weights
+constexpr int kStages = 3;       // items of a warp in its ring
 
 // Shared memory lies in lines of 256 bytes. Of the first 256 lines the lower half is the table's, a pair of levels in
 // each of the 32 banks, so that a byte of codes is the middle byte of its entry's address. The halves left over, and
@@ -63,12 +64,15 @@ struct Plan {
   int tiles = 0;  // of eight tokens
   int warps = 0;
   int blocks = 0;
+  int group_blocks[kMostGroupedWeights] = {};  // of them, of each weight, where there are several
   int group_units = 0;
   bool staged = false;  // the scales go through shared memory
   int smem_bytes = 0;   // 0: there is no room
 };
 
-inline Plan make_plan(int m, int n, int k, bool stage_scales, const DeviceLimits& device) {
+// Several weights are given by their `n_of`, up to the first that is 0.
+inline Plan make_plan(int m, int n, int k, bool stage_scales, const DeviceLimits& device,
+                      const int64_t (&n_of)[kMostGroupedWeights] = {}) {
   Plan plan;
   plan.tiles = m <= 8 ? 1 : 2;
   plan.warps = 16;
@@ -80,7 +84,16 @@ inline Plan make_plan(int m, int n, int k, bool stage_scales, const DeviceLimits
 
   const int units = static_cast<int>(ceil_div(n, kUnit));
   plan.blocks = std::min(device.sms, units);
-  const int block_units = static_cast<int>(ceil_div(units, plan.blocks));
+  int block_units = static_cast<int>(ceil_div(units, plan.blocks));
+  if (n_of[0] > 0) {  // the fewest units a block with which all weights find their blocks
+    for (;; ++block_units) {
+      plan.blocks = 0;
+      for (int i = 0; i < kMostGroupedWeights; ++i) {
+        plan.blocks += plan.group_blocks[i] = static_cast<int>(ceil_div(ceil_div(n_of[i], kUnit), block_units));
+      }
+      if (plan.blocks <= device.sms) break;
+    }
+  }
   if (block_units <= 2) plan.group_units = 2;
   // Staged where a run of bytes holds a group's scales and there is room: for the next group's too, if there is one.
   if (stage_scales && k % 128 == 0 && k / 2 <= device.smem_bytes) {
@@ -104,10 +117,11 @@ struct NF4LinearSizes {
   bool transposed;  // y[m, k] = x[m, n] @ W
   int64_t block_size;
   DType dtype;
-  bool aligned;                // x and the codes lie at 16-byte boundaries
-  bool aligned_scales;         // the scales are of 8 bits and do so too
-  int64_t rank = 0;            // of an adapter that takes part, a multiple of 8; 0: none
-  nf4_tiles::Beside beside{};  // what is made beside the product
+  bool aligned;                             // x and the codes lie at 16-byte boundaries
+  bool aligned_scales;                      // the scales are of 8 bits and do so too
+  int64_t rank = 0;                         // of an adapter that takes part, a multiple of 8; 0: none
+  nf4_tiles::Beside beside{};               // what is made beside the product
+  int64_t group[kMostGroupedWeights] = {};  // of n, where rows of several weights follow each other
 };
 
 enum class NF4LinearKernel : int { kDequantise, kDecode, kFragments, kTiles, kMma };
@@ -118,12 +132,38 @@ struct NF4LinearPlan {
   nf4_tiles::Plan tiles{};
   int64_t workspace_bytes = 0;
   int counters = 0;    // unsigned words, zero
-  std::string reason;  // in words, for the person who asks why
+  std::string reason;  // in words, for the person who asks why; of several weights: kDequantise is one by one
 };
 
 constexpr int kMmaSmemBytes = 82944;
 constexpr int64_t kMostDecodedBytes = int64_t{32} << 20;  // of a weight that is decoded as a whole
 constexpr int64_t kMmaTokens = 512;  // from here on the framework's product is several times faster than mma's
+
+// Several weights in one launch: the kernels for few tokens take them, in their usual form.
+inline NF4LinearPlan nf4_linear_group_plan(const NF4LinearSizes& s, const DeviceLimits& device) {
+  NF4LinearPlan plan;
+  plan.reason = "one by one";
+  const int64_t n = s.group[0] + s.group[1] + s.group[2];
+  if ((s.dtype != DType::kFloat16 && s.dtype != DType::kBFloat16) || s.m == 0 || device.architecture < 80 ||
+      s.m > nf4_tiles::kMostFlatTokens || s.k % 256 != 0 || s.block_size != 64 || !s.aligned || !s.aligned_scales ||
+      n >= (1 << 30) || s.k >= (1 << 30) || n * (s.k / 64) > INT32_MAX)
+    return plan;
+  for (const int64_t each : s.group) {
+    if (each % nf4_tiles::kTileOut != 0) return plan;
+  }
+  const int m = static_cast<int>(s.m), k = static_cast<int>(s.k);
+  if (m <= nf4_decode::kMostTokens) {
+    plan.decode = nf4_decode::make_plan(m, static_cast<int>(n), k, true, device, s.group);
+    if (plan.decode.staged && plan.decode.warps == nf4_decode::kGroupWarps) plan.kernel = NF4LinearKernel::kDecode;
+  } else if (device.wgmma && device.smem_bytes >= nf4_tiles::kSmemBytes) {
+    plan.tiles = nf4_tiles::make_flat_plan(m, static_cast<int>(n), k, device.sms);
+    plan.kernel = NF4LinearKernel::kFragments;
+    plan.workspace_bytes = nf4_tiles::workspace_bytes(plan.tiles);
+    plan.counters = nf4_tiles::counters(plan.tiles);
+  }
+  if (plan.kernel != NF4LinearKernel::kDequantise) plan.reason = "together";
+  return plan;
+}
 
 inline NF4LinearPlan nf4_linear_plan(const NF4LinearSizes& s, const DeviceLimits& device) {
   NF4LinearPlan plan;

@@ -45,15 +45,16 @@ struct NF4DecodeProblem {
   int row_words, warp_words;              // of partial sums: a token's, a warp's
   int staged_codes;                       // bytes of a group's staged 8-bit scales; the nested ones follow
   int staged_first, staged_both;          // in shared memory: the first of two buffers, and the sum of both places
+  int y_pitch;                            // elements from one token of y to the next
 };
 
 inline NF4DecodeProblem nf4_decode_problem(const NF4View& w, const void* x, const void* bias, void* y, int m, int n,
-                                           int k, const nf4_decode::Plan& plan) {
+                                           int k, int blocks, int y_pitch, const nf4_decode::Plan& plan) {
   NF4DecodeProblem p{};
-  p.w = w, p.x = x, p.bias = bias, p.y = y, p.m = m, p.n = n, p.k = k;
+  p.w = w, p.x = x, p.bias = bias, p.y = y, p.m = m, p.n = n, p.k = k, p.y_pitch = y_pitch;
   p.block_shift = log2_of(w.block_size);
   const int units = static_cast<int>(ceil_div(n, nf4_decode::kUnit));
-  p.block_units = units / plan.blocks, p.blocks_with_one_more = units % plan.blocks;
+  p.block_units = units / blocks, p.blocks_with_one_more = units % blocks;
   p.group_rows = nf4_decode::kUnit * plan.group_units;
   p.row_halves = k / 64;
   p.row_words = nf4_decode::row_stride(plan.group_units), p.warp_words = m * p.row_words;
@@ -64,6 +65,13 @@ inline NF4DecodeProblem nf4_decode_problem(const NF4View& w, const void* x, cons
   }
   return p;
 }
+
+// The weights that a launch multiplies by; a thread block has one of them.
+template <int kCount>
+struct NF4DecodeProblems {
+  NF4DecodeProblem each[kCount];
+  int first_block[kCount];
+};
 
 namespace nf4_decode {
 
@@ -141,7 +149,7 @@ struct Place {
   }
 };
 
-__device__ inline int this_block() {
+__device__ inline int block_of_grid() {
   int block;
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
   return block;
@@ -216,8 +224,13 @@ __device__ inline void fill_table(char* table) {
 
 // --- kernel ----------------------------------------------------------------------------------------------------------
 
-template <typename T, int kTiles, ScaleSource kScales, int kWarps>
-__global__ void __launch_bounds__(32 * kWarps, 1) kernel(const __grid_constant__ NF4DecodeProblem p) {
+template <typename T, int kTiles, ScaleSource kScales, int kWarps, int kCount>
+__global__ void __launch_bounds__(32 * kWarps, 1) kernel(const __grid_constant__ NF4DecodeProblems<kCount> problems) {
+  int which = 0;
+#pragma unroll
+  for (int i = 1; i < kCount; ++i) which += static_cast<int>(blockIdx.x) >= problems.first_block[i];
+  const NF4DecodeProblem& p = problems.each[which];
+  const auto this_block = [&] { return kCount == 1 ? block_of_grid() : block_of_grid() - problems.first_block[which]; };
   using Item = Item<kTiles>;
   constexpr int kThreads = 32 * kWarps;
   constexpr bool kNested = kScales != ScaleSource::kFloat, kStaged = kScales == ScaleSource::kStaged;
@@ -473,7 +486,8 @@ __global__ void __launch_bounds__(32 * kWarps, 1) kernel(const __grid_constant__
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) sum += from[w * p.warp_words];
       if (p.bias != nullptr) sum += to_float(static_cast<const T*>(p.bias)[group + r]);
-      static_cast<T*>(p.y)[static_cast<int64_t>(token) * p.n + group + r] = from_float<T>(sum);
+      static_cast<T*>(p.y)[static_cast<int64_t>(token) * (kCount == 1 ? p.n : p.y_pitch) + group + r] =
+          from_float<T>(sum);
     }
     staged_here = p.staged_both - staged_here;
   }

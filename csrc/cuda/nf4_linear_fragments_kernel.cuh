@@ -27,6 +27,21 @@ using nf4_tiles::Problem;
 
 constexpr int kStrips = 2;  // of 64 rows, in a tile
 
+// The weights whose rows follow each other. No tile has rows of two.
+template <int kCount>
+struct Weights {
+  CUtensorMap codes[kCount];
+  NF4View w[kCount];
+  int first[kCount];  // of the rows
+
+  __device__ int of(int row) const {
+    int which = 0;
+#pragma unroll
+    for (int i = 1; i < kCount; ++i) which += row >= first[i];
+    return which;
+  }
+};
+
 template <int kTokens_>
 struct Config {
   static constexpr int kTokens = kTokens_, kCluster = 1;
@@ -81,14 +96,15 @@ __device__ void fill_table(uint32_t table) {
 
 // One thread. The first stages' codes are asked for while the kernel before still runs: what writes weights never lets
 // the next kernel start early (device/ptx.cuh), so they are there; x is not before it has ended.
-template <typename C>
-__device__ void fetch(const CUtensorMap* map_x, const CUtensorMap* map_w, const Problem& p) {
+template <typename C, int kCount>
+__device__ void fetch(const CUtensorMap* map_x, const Weights<kCount>& weights, const Problem& p) {
   ChunkWalk here{};
   const auto codes = [&](int at, int o) {
     const uint32_t full = C::full + 8 * at;
     barrier_arrive_expect(full, C::kCodeBytes + C::kSplits * C::kXBytes);
-    tma_load(C::codes + at * C::kCodeBytes, map_w, full, (here.chunk * kChunkSteps + o * C::kSplits) * (kStep / 2),
-             here.out0);
+    const int which = weights.of(here.out0);
+    tma_load(C::codes + at * C::kCodeBytes, &weights.codes[which], full,
+             (here.chunk * kChunkSteps + o * C::kSplits) * (kStep / 2), here.out0 - weights.first[which]);
   };
   int early = 0;
   for (enter(p.plan, blockIdx.x, here); here.more && early < C::kStages; advance(p.plan, blockIdx.x, here)) {
@@ -115,21 +131,23 @@ __device__ void fetch(const CUtensorMap* map_x, const CUtensorMap* map_w, const 
 
 // Two warps, one a strip: the scales of a stage's steps, two rows a lane. They run ahead as far as the ring allows,
 // which hides their loads.
-template <typename C>
-__device__ void fetch_scales(const Problem& p, int strip) {
+template <typename C, int kCount>
+__device__ void fetch_scales(const Weights<kCount>& weights, const Problem& p, int strip) {
   const int lane = threadIdx.x % 32;
-  const bool nested = p.w.nested_absmax != nullptr;
-  const float offset = nested ? __ldg(p.w.offset) : 0.0f;
+  const bool nested = weights.w[0].nested_absmax != nullptr;
+  float offset = nested ? __ldg(weights.w[0].offset) : 0.0f;
   if (ChunkWalk first{}; enter(p.plan, blockIdx.x, first), first.more) {  // on their way while the map is filled
+    const int which = weights.of(first.out0);
+    const NF4View& w = weights.w[which];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = first.out0 + strip * 64 + 32 * i + lane;
-      const uint32_t block = (static_cast<uint32_t>(row) * static_cast<uint32_t>(p.k / 64) +
+      const uint32_t block = (static_cast<uint32_t>(row - weights.first[which]) * static_cast<uint32_t>(p.k / 64) +
                               static_cast<uint32_t>(first.chunk * kChunkSteps)) >>
                              p.block_shift;
       if (row >= p.n || !nested) continue;
-      prefetch_l1(static_cast<const uint8_t*>(p.w.absmax) + block);
-      prefetch_l1(p.w.nested_absmax + block / static_cast<uint32_t>(kNestedBlock));
+      prefetch_l1(static_cast<const uint8_t*>(w.absmax) + block);
+      prefetch_l1(w.nested_absmax + block / static_cast<uint32_t>(kNestedBlock));
     }
   }
   named_barrier(5, 128 * C::kGroups + 32 * kStrips);
@@ -139,16 +157,20 @@ __device__ void fetch_scales(const Problem& p, int strip) {
   for (enter(p.plan, blockIdx.x, here); here.more; advance(p.plan, blockIdx.x, here)) {
     float scale[2][kChunkSteps];
     const int blocks = p.k / 64, first = here.chunk * kChunkSteps;
+    const int which = weights.of(here.out0);
+    const NF4View& w = weights.w[which];
+    if constexpr (kCount > 1) offset = __ldg(w.offset);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = here.out0 + strip * 64 + 32 * i + lane;
-      const uint32_t at = static_cast<uint32_t>(row) * static_cast<uint32_t>(blocks) + static_cast<uint32_t>(first);
+      const uint32_t at = static_cast<uint32_t>(row - weights.first[which]) * static_cast<uint32_t>(blocks) +
+                          static_cast<uint32_t>(first);
 #pragma unroll
       for (int s = 0; s < kChunkSteps; ++s) scale[i][s] = 0.0f;
       if (row >= p.n) continue;
       if (p.wide_scales) {
-        const float outer = __ldg(p.w.nested_absmax + at / static_cast<uint32_t>(kNestedBlock));
-        const uint32_t codes = __ldg(reinterpret_cast<const uint32_t*>(static_cast<const uint8_t*>(p.w.absmax) + at));
+        const float outer = __ldg(w.nested_absmax + at / static_cast<uint32_t>(kNestedBlock));
+        const uint32_t codes = __ldg(reinterpret_cast<const uint32_t*>(static_cast<const uint8_t*>(w.absmax) + at));
 #pragma unroll
         for (int s = 0; s < kChunkSteps; ++s) {
           scale[i][s] = __fadd_rn(mul_ftz(level(codes >> (8 * s)), outer), offset);
@@ -159,11 +181,10 @@ __device__ void fetch_scales(const Problem& p, int strip) {
       for (int s = 0; s < kChunkSteps; ++s) {
         if (first + s >= blocks) continue;
         const uint32_t block = (at + s) >> p.block_shift;
-        scale[i][s] = nested
-                          ? __fadd_rn(mul_ftz(level(__ldg(static_cast<const uint8_t*>(p.w.absmax) + block)),
-                                              __ldg(p.w.nested_absmax + block / static_cast<uint32_t>(kNestedBlock))),
-                                      offset)
-                          : __ldg(static_cast<const float*>(p.w.absmax) + block);
+        scale[i][s] = nested ? __fadd_rn(mul_ftz(level(__ldg(static_cast<const uint8_t*>(w.absmax) + block)),
+                                                 __ldg(w.nested_absmax + block / static_cast<uint32_t>(kNestedBlock))),
+                                         offset)
+                             : __ldg(static_cast<const float*>(p.w.absmax) + block);
       }
     }
 #pragma unroll
@@ -396,17 +417,18 @@ __device__ void multiply(const CUtensorMap* map_y, const Problem& p, int group) 
 
 // --- kernel ----------------------------------------------------------------------------------------------------------
 
-template <typename T, int kTokens>
+template <typename T, int kTokens, int kCount>
 __global__ void __launch_bounds__(Config<kTokens>::kThreads, 1)
-    kernel(const __grid_constant__ CUtensorMap map_x, const __grid_constant__ CUtensorMap map_w,
-           const __grid_constant__ CUtensorMap map_y, const __grid_constant__ Problem p) {
+    kernel(const __grid_constant__ CUtensorMap map_x, const __grid_constant__ CUtensorMap map_y,
+           const __grid_constant__ Weights<kCount> weights, const __grid_constant__ Problem p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using C = Config<kTokens>;
   extern __shared__ uint8_t smem_raw[];
   if (shared_offset(smem_raw) > C::kFirst) __trap();  // offsets are absolute
   if (threadIdx.x == 0) {
     tma_prefetch(&map_x);
-    tma_prefetch(&map_w);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) tma_prefetch(&weights.codes[i]);
     if (p.store_by_tma) tma_prefetch(&map_y);
     for (int s = 0; s < C::kStages; ++s) {
       barrier_init(C::full + 8 * s, 1 + kStrips);
@@ -421,16 +443,16 @@ __global__ void __launch_bounds__(Config<kTokens>::kThreads, 1)
     give_registers<C::kFetchRegisters>();
     const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
     if (warp < kStrips) {
-      fetch_scales<C>(p, warp);
+      fetch_scales<C>(weights, p, warp);
     } else if (threadIdx.x % 32 == 0 && warp == kStrips) {
-      fetch<C>(&map_x, &map_w, p);
+      fetch<C>(&map_x, weights, p);
     }
     return;
   }
   take_registers<C::kMultiplyRegisters>();
   fill_table<!C::kScaleSums, T, 4 * C::kGroups>(C::table);
-  if (p.w.nested_absmax != nullptr && threadIdx.x < 256) {
-    store_shared_word(C::map + 4 * threadIdx.x, __float_as_uint(__ldg(p.w.nested_map + threadIdx.x)));
+  if (weights.w[0].nested_absmax != nullptr && threadIdx.x < 256) {
+    store_shared_word(C::map + 4 * threadIdx.x, __float_as_uint(__ldg(weights.w[0].nested_map + threadIdx.x)));
   }
   named_barrier(5, 128 * C::kGroups + 32 * kStrips);
   wait_for_kernel_before();

@@ -262,6 +262,18 @@ inline Plan choose_beside(int m, int out, int depth, int sms, bool forward, Besi
   return best.plan;
 }
 
+// By the fragments kernel for few tokens.
+inline Plan make_flat_plan(int m, int out, int depth, int sms) {
+  Choice best{{}, 1e30};
+  for (const Tile& tile : kTiles) {
+    if (!tile.fragments || tile.tokens > kMostFlatTokens) continue;
+    const Choice choice =
+        choose_sharing(plan_for(m, out, depth, sms, tile.tokens, tile.cluster, true), tile.step_cycles);
+    if (choice.cycles < best.cycles) best = choice;
+  }
+  return best.plan;
+}
+
 inline Plan make_plan(int m, int out, int depth, int sms, bool forward, int least_tokens = 0, Beside beside = {}) {
   if (beside.ranks > 0 || beside.gradient_ranks > 0) return choose_beside(m, out, depth, sms, forward, beside);
   Choice best{{}, 1e30};

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.models.decode.attention import Pass, current_pass
-from fastpeft.models.replay import product_of, sharing, together
+from fastpeft.models.replay import product_of, quantized, sharing, together
 from fastpeft.models.structure import MLP, Attention, Layer, Norm
-from fastpeft.ops import geglu, paged_attention, rms_norm, rope, swiglu
+from fastpeft.ops import geglu, nf4_linear_group, paged_attention, rms_norm, rope, swiglu
 from fastpeft.ops.glu import glu_consuming
 
 STRUCTURE = "_fastpeft"
@@ -39,13 +39,15 @@ class Tape(Protocol):
 
 
 def project(owner: nn.Module, names: tuple[str, ...], x: Tensor, tape: Tape | None = None) -> list[Tensor]:
-    """Apply several linear layers of a module to one input, together where they are LoRA layers that can share it."""
+    """Apply several linear layers of a module to one input, together where they can share it: LoRA, or bare NF4."""
     if tape is not None:
         return tape.linear(owner, names, x)
     if len(names) > 1:
-        products = sharing([product_of(owner._modules[name]) for name in names])
-        if products is not None:
-            return together(products, x)
+        products = [product_of(owner._modules[name]) for name in names]
+        if (adapted := sharing(products)) is not None:
+            return together(adapted, x)
+        if (weights := quantized(products)) is not None:
+            return nf4_linear_group(x, weights)
     return [getattr(owner, name)(x) for name in names]
 
 

@@ -72,6 +72,17 @@ def sharing(products: Sequence[Product | None]) -> list[Product] | None:
     return known if len(known) == len(products) > 1 and len(dropouts) == 1 else None
 
 
+def quantized(products: Sequence[Product | None]) -> list[NF4Weight] | None:
+    """The weights, if all are NF4 with neither bias nor adapter."""
+    weights = [
+        product.weight
+        for product in products
+        if product is not None and product.bias is None and product.adapter is None
+    ]
+    found = [weight for weight in weights if isinstance(weight, NF4Weight)]
+    return found if len(found) == len(products) else None
+
+
 def together(products: Sequence[Product], x: Tensor) -> list[Tensor]:
     """Apply products that `sharing` gave, in the graph of their input."""
     lists, dropout = _of_each(products)

@@ -109,6 +109,21 @@ def nf4_linear_plan(
     return LinearPlan(*_C.nf4_linear_plan(m, n, k, transposed, block_size, number, aligned, *device_limits(device)))
 
 
+class GroupPlan(NamedTuple):
+    """Whether products of one input with several NF4 weights are one launch (csrc/cuda/nf4_linear_config.h)."""
+
+    together: bool
+    workspace_bytes: int
+    counters: int  # 32-bit words, zero before and after
+
+
+@lru_cache(maxsize=1024)
+def nf4_linear_group_plan(m: int, n: tuple[int, ...], k: int, dtype: torch.dtype, device: torch.device) -> GroupPlan:
+    """Whether NF4 weights of these sizes, of blocks of 64 with 8-bit scales, are multiplied by in one launch."""
+    number = dtype_number("nf4_linear_group", dtype)
+    return GroupPlan(*_C.nf4_linear_group_plan(m, n, k, number, *device_limits(device)))
+
+
 class LoraPlan(NamedTuple):
     """Whether kernels take LoRA linears that share x, and what they need (csrc/cuda/lora_linear_config.h)."""
 
@@ -177,7 +192,7 @@ def device_limits(device: torch.device) -> tuple[int, int, int, bool]:
     return architecture, found.multi_processor_count, smem_bytes, wgmma
 
 
-_COUNTER_WORDS = 1 << 18
+_COUNTER_WORDS = 1 << 20
 _counters: dict[tuple[int, int], Tensor] = {}
 _counter_pools: dict[int, list[Tensor]] = {}
 

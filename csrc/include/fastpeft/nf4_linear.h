@@ -1,4 +1,5 @@
 // Products with W[n,k] in NF4, straight from its codes: y[m,n] = x[m,k] @ W^T (+ bias), and y[m,k] = x[m,n] @ W.
+// Several weights of one input can be multiplied by in one launch: y[m, n1 + n2 + ..].
 //
 // Which sizes a kernel takes is decided by a pure function, nf4_linear_plan (cuda/nf4_linear_config.h); for the others
 // the caller decodes the weight into a workspace (nf4.h) and multiplies with the framework.
@@ -43,6 +44,14 @@ struct NF4LinearAdapter {
   NF4LinearBeside beside{};
 };
 
+// Weights of one k, whose rows follow each other: x is read, and launched for, once.
+constexpr int kMostGroupedWeights = 3;
+struct NF4LinearGroup {
+  int count = 0;  // 0: there is only NF4LinearArgs::w
+  NF4View w[kMostGroupedWeights];
+  int64_t n[kMostGroupedWeights] = {};
+};
+
 struct NF4LinearArgs {
   NF4View w;         // of an (n, k) weight
   bool transposed;   // the second product: the gradient by the input
@@ -56,6 +65,7 @@ struct NF4LinearArgs {
   unsigned* counters;  // as many as the plan asks for: zero, and zero again afterwards
   bool wgmma;          // false: as if the device had none
   NF4LinearAdapter adapter{};
+  NF4LinearGroup group{};  // forward, without bias or adapter: w is its first, n the sum
 };
 
 namespace cuda {
