@@ -51,13 +51,13 @@ struct Weights {
   }
 };
 
-// Element i of a head, rotated and rounded. `x` is the head as it came.
+// Element i of a head, rotated and rounded, to the bits of rope.cu. `x` is the head as it came.
 template <typename T>
 __device__ float rotated(const float* x, int i, int rotary, const T* cos, const T* sin) {
   const int half = rotary / 2;
   if (i >= rotary) return x[i];
   const float other = i < half ? -x[i + half] : x[i - half];
-  return to_float(from_float<T>(x[i] * to_float(cos[i]) + other * to_float(sin[i])));
+  return to_float(from_float<T>(fmaf(x[i], to_float(cos[i]), __fmul_rn(other, to_float(sin[i])))));
 }
 
 // --- sums of parts ---------------------------------------------------------------------------------------------------

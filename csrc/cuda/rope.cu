@@ -141,9 +141,10 @@ __global__ void __launch_bounds__(kMostThreads, kBlocksAnSm)
 #pragma unroll
       for (int j = 0; j < kN; ++j) {
         const float x = to_float(a[i].values[j]), y = to_float(b[i].values[j]);
-        const float x_sin = x * to_float(sin_b.values[j]), y_sin = y * to_float(sin_a.values[j]);
-        a[i].values[j] = from_float<T>(x * to_float(cos_a.values[j]) + (kBackward ? y_sin : -y_sin));
-        b[i].values[j] = from_float<T>(y * to_float(cos_b.values[j]) + (kBackward ? -x_sin : x_sin));
+        // Spelled out, as paged_attention.cu rotates to the same bits.
+        const float x_sin = __fmul_rn(x, to_float(sin_b.values[j])), y_sin = __fmul_rn(y, to_float(sin_a.values[j]));
+        a[i].values[j] = from_float<T>(fmaf(x, to_float(cos_a.values[j]), kBackward ? y_sin : -y_sin));
+        b[i].values[j] = from_float<T>(fmaf(y, to_float(cos_b.values[j]), kBackward ? -x_sin : x_sin));
       }
     }
     const unsigned head = group + i * split.groups;

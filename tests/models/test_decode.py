@@ -19,6 +19,8 @@ from transformers import PreTrainedModel
 import fastpeft
 from fastpeft.errors import UserError
 from fastpeft.models.decode import Completion, DecodeEngine, DecodeOptions
+from fastpeft.models.decode import prompts as prompt_graphs
+from fastpeft.models.decode.attention import running
 
 LENGTHS = (3, 17, 9, 1, 30, 5, 8)
 PROMPTS = [[(5 * i * i + 7 * n) % 120 + 4 for i in range(n)] for n in LENGTHS]
@@ -108,6 +110,42 @@ def test_a_changed_adapter_is_seen_between_calls(device: str) -> None:
     assert tokens_of(engine.generate(PROMPTS, DecodeOptions(max_new_tokens=8))) == before
     engine.release()
     assert tokens_of(engine.generate(PROMPTS, DecodeOptions(max_new_tokens=8))) == before
+
+
+@pytest.mark.gpu
+def test_prompt_passes_that_come_again_are_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third call replays what the second has captured; lengths differ within a pass, and prompts between calls."""
+    model = tiny("llama").to("cuda")
+    fastpeft.accelerate(model)
+    engine = DecodeEngine(model, max_batch=4)
+    lengths = [(9, 14, 16, 11), (16, 10, 12, 13), (12, 15, 9, 10)]
+    for call, sizes in enumerate(lengths):
+        prompts = [[(3 * i * i + 5 * n + call) % 120 + 4 for i in range(n)] for n in sizes]
+        assert tokens_of(engine.generate(prompts, DecodeOptions(max_new_tokens=8))) == own(model, prompts, 8)
+        assert engine._prompt_graphs is not None
+        assert list(engine._prompt_graphs._graphs) == ([(4, 16)] if call else [])
+
+
+def test_prompts_padded_to_one_length_give_the_same_logits(device: str) -> None:
+    """What a graph is captured of, run as it is."""
+    model = tiny("llama").to(device)
+    engine = DecodeEngine(model, max_batch=3, use_graphs=False)
+    prompts = PROMPTS[:3]
+    with torch.no_grad(), running(model):
+        engine._prepare(engine._requests(prompts, DecodeOptions(4)))
+        _, table, _ = engine._rows.begin(engine._requests(prompts, DecodeOptions(4)), engine._cache)
+        packed = engine._prompt_logits(prompts, table)
+        keys = [pages[0].clone() for pages in engine._cache._layers.values()]
+        padded = prompt_graphs._Graph(engine._forward_prompts, 3, 32, table)
+        padded.fill(prompts, table)
+        for pages, _ in engine._cache._layers.values():
+            pages.fill_(7.0)
+        torch.testing.assert_close(padded._run(), packed)
+        for (pages, _), before in zip(engine._cache._layers.values(), keys, strict=True):
+            for row, prompt in enumerate(prompts):
+                place = int(table[row, 0])
+                torch.testing.assert_close(pages[place, :, : len(prompt)], before[place, :, : len(prompt)])
+                assert bool((pages[place, :, len(prompt) :] == 7.0).all()), "padding was written"
 
 
 def test_log_probabilities_are_those_of_the_model(device: str) -> None:

@@ -23,7 +23,7 @@ from transformers import AttentionInterface
 
 from fastpeft.errors import UserError
 from fastpeft.models.decode.cache import PAGE_SIZE, PagedCache
-from fastpeft.ops import paged_attention
+from fastpeft.ops import paged_attention, paged_store_
 
 NAME = "fastpeft_decode"
 _PASS: ContextVar[Pass | None] = ContextVar("fastpeft_decode_pass", default=None)
@@ -53,18 +53,19 @@ class Prompts:
     Attributes:
         count: b.
         longest: tokens of the longest prompt.
-        padded: ``(b * longest,)`` int64: for each place of a padded row the token there, any for padding.
-        real: ``(t,)`` int64: where each token is in the padded rows.
-        pages: ``(t,)`` int64, the page of each token.
-        offsets: ``(t,)`` int64, its place in the page.
+        pages: ``(t,)`` int32, the page of each token; below 0 for padding.
+        offsets: ``(t,)`` int32, its place in the page.
+        padded: ``(b * longest,)`` int64: for each place of a padded row the token there, any for padding; None where
+            the tokens lie in rows of ``longest`` already.
+        real: ``(t,)`` int64: where each token is in the padded rows; None likewise.
     """
 
     count: int
     longest: int
-    padded: Tensor
-    real: Tensor
     pages: Tensor
     offsets: Tensor
+    padded: Tensor | None = None
+    real: Tensor | None = None
 
     @classmethod
     def of(cls, lengths: list[int], table: Tensor) -> Prompts:
@@ -73,14 +74,15 @@ class Prompts:
         longest = max(lengths)
         sizes = torch.tensor(lengths)
         place = torch.arange(longest).expand(len(lengths), -1)
-        starts = (sizes.cumsum(0) - sizes)[:, None]
         is_real = place < sizes[:, None]
-        padded = torch.where(is_real, starts + place, starts).flatten().to(device)
-        real = is_real.flatten().nonzero()[:, 0].to(device)
         rows = torch.arange(len(lengths)).repeat_interleave(sizes).to(device)
         positions = place[is_real].to(device)
-        pages = table[rows, positions // PAGE_SIZE].long()
-        return cls(len(lengths), longest, padded, real, pages, positions % PAGE_SIZE)
+        where = table[rows, positions // PAGE_SIZE], (positions % PAGE_SIZE).int()
+        if min(lengths) == longest:
+            return cls(len(lengths), longest, *where)
+        starts = (sizes.cumsum(0) - sizes)[:, None]
+        padded = torch.where(is_real, starts + place, starts).flatten().to(device)
+        return cls(len(lengths), longest, *where, padded, is_real.flatten().nonzero()[:, 0].to(device))
 
 
 def attention(
@@ -123,8 +125,7 @@ def attention(
             q, k, v, k_pages, v_pages, now.table, now.lengths, scale=scale, softcap=cap, window=window
         )
         return out[:, None], None
-    k_pages[now.prompts.pages, :, now.prompts.offsets] = key[0].transpose(0, 1)
-    v_pages[now.prompts.pages, :, now.prompts.offsets] = value[0].transpose(0, 1)
+    paged_store_(key[0], value[0], k_pages, v_pages, now.prompts.pages, now.prompts.offsets)
     return _attend_in_prompts(now.prompts, query[0], key[0], value[0], scale, cap, window)[None], None
 
 
@@ -132,9 +133,12 @@ def _attend_in_prompts(
     prompts: Prompts, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, window: int
 ) -> Tensor:
     """Attention of packed prompts, ``(heads, t, d)`` each, to ``(t, heads, d)``."""
-    q, k, v = (x[:, prompts.padded].unflatten(1, (prompts.count, -1)).transpose(0, 1) for x in (q, k, v))
+    if prompts.padded is not None:
+        q, k, v = (x[:, prompts.padded] for x in (q, k, v))
+    q, k, v = (x.unflatten(1, (prompts.count, -1)).transpose(0, 1) for x in (q, k, v))
     out = _causal(q, k, v, scale, softcap, window if window < prompts.longest else 0)
-    return out.transpose(1, 2).flatten(0, 1)[prompts.real]
+    out = out.transpose(1, 2).flatten(0, 1)
+    return out if prompts.real is None else out[prompts.real]
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, window: int) -> Tensor:
@@ -162,19 +166,21 @@ def current_pass() -> Pass | None:
 def running(model: nn.Module) -> Iterator[None]:
     """Let a model's layers call our attention function, in evaluation mode; undone at the end."""
     AttentionInterface.register(NAME, attention)
-    configs = {id(c): c for m in model.modules() if hasattr(m, "layer_idx") and (c := getattr(m, "config", None))}
+    modules = list(model.modules())
+    configs = {id(c): c for m in modules if "layer_idx" in m.__dict__ and (c := m.__dict__.get("config"))}
     names = {key: config._attn_implementation_internal for key, config in configs.items()}
-    modes = [(module, module.training) for module in model.modules()]
+    training = [module for module in modules if module.training]
     try:
-        model.eval()
+        for module in training:
+            module.training = False
         for config in configs.values():
             config._attn_implementation_internal = NAME
         yield
     finally:
         for key, config in configs.items():
             config._attn_implementation_internal = names[key]
-        for module, training in modes:
-            module.training = training
+        for module in training:
+            module.training = True
 
 
 @contextmanager

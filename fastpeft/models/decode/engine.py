@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from fastpeft.errors import UserError
 from fastpeft.models.decode.attention import Pass, Prompts, in_pass, running
 from fastpeft.models.decode.cache import PagedCache
-from fastpeft.models.decode.graphs import Steps, fingerprint
+from fastpeft.models.decode.graphs import Pool, Steps, fingerprint
 from fastpeft.models.decode.options import Completion, DecodeOptions
+from fastpeft.models.decode.prompts import PromptGraphs, PromptPass
 from fastpeft.models.decode.rows import Request, Rows
 from fastpeft.nn import Prompts as VirtualTokens
 from fastpeft.ops import sample_
@@ -65,7 +66,7 @@ class DecodeEngine:
     Args:
         model: a causal language model of transformers, with or without adapters; it is not changed.
         max_batch: rows at a time.
-        use_graphs: capture steps into CUDA graphs; None does so on a GPU.
+        use_graphs: capture steps, and small prompt passes that come again, into CUDA graphs; None does so on a GPU.
     Raises:
         CannotDecode: the engine computes something else than the model, and the message says by how much; transformers'
             ``generate`` works on it then.
@@ -90,6 +91,7 @@ class DecodeEngine:
         self._cache = PagedCache(0)
         self._rows = Rows(0, 0, self._device, 0)
         self._steps: Steps | None = None
+        self._prompt_graphs: PromptGraphs | None = None
         self._stop_ids = torch.zeros(0, dtype=torch.int64, device=self._device)
         self._made_for: Any = None
         self._confirm()
@@ -141,7 +143,7 @@ class DecodeEngine:
 
     def release(self) -> None:
         """Give the cache and captured steps back; the next call makes them anew."""
-        self._steps = None
+        self._steps = self._prompt_graphs = None
         self._cache = PagedCache(0)
         self._rows = Rows(0, 0, self._device, 0)
 
@@ -200,7 +202,9 @@ class DecodeEngine:
         self.release()
         self._cache = PagedCache(pages)
         self._rows = Rows(size, row_pages, self._device, vocabulary)
-        self._steps = Steps(self._step, size, self._use_graphs)
+        pool = Pool() if self._use_graphs else None
+        self._steps = Steps(self._step, size, pool)
+        self._prompt_graphs = None if pool is None else PromptGraphs(self._forward_prompts, pool)
         self._stop_ids = torch.tensor(
             stop_ids, dtype=torch.int64, device=self._device
         )  # a captured step reads it there
@@ -283,19 +287,27 @@ class DecodeEngine:
     def _prompt_logits(self, prompts: Sequence[Sequence[int]], table: Tensor) -> Tensor:
         """Fill the cache with prompts, and give the logits behind them, ``(b, v)``."""
         virtual = self._virtual_tokens(len(prompts))
+        if virtual is None and self._prompt_graphs is not None:
+            captured = self._prompt_graphs.run(prompts, table)
+            if captured is not None:
+                return captured
         before = 0 if virtual is None else virtual.shape[1]
         lengths = [before + len(prompt) for prompt in prompts]
         ids = torch.tensor([token for prompt in prompts for token in prompt], device=self._device)
         positions = torch.cat([torch.arange(length) for length in lengths]).to(self._device)
-        given: dict[str, Any] = {"input_ids": ids[None]}
+        last = torch.tensor(lengths).cumsum(0).to(self._device) - 1
+        embeddings = None
         if virtual is not None:
             texts = self._embeddings(ids).split([len(prompt) for prompt in prompts])
             parts = [part for both in zip(virtual.to(texts[0].dtype), texts, strict=True) for part in both]
-            given = {"inputs_embeds": torch.cat(parts)[None]}
-        last = torch.tensor(lengths).cumsum(0).to(self._device) - 1
-        now = Pass(self._cache, table, torch.zeros(0), Prompts.of(lengths, table))
-        with in_pass(now):
-            out = self._base(**given, position_ids=positions[None], use_cache=False, logits_to_keep=last)
+            embeddings = torch.cat(parts)
+        return self._forward_prompts(PromptPass(ids, positions, last, Prompts.of(lengths, table)), embeddings)
+
+    def _forward_prompts(self, given: PromptPass, embeddings: Tensor | None = None) -> Tensor:
+        """Run the model on prompts, or on embeddings in place of their tokens."""
+        first = {"input_ids": given.ids[None]} if embeddings is None else {"inputs_embeds": embeddings[None]}
+        with in_pass(Pass(self._cache, torch.zeros(0), torch.zeros(0), given.prompts)):
+            out = self._base(**first, position_ids=given.positions[None], use_cache=False, logits_to_keep=given.last)
         logits: Tensor = out.logits[0]
         return logits
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,41 @@ from torch import Tensor, nn
 from fastpeft.models.decode.rows import Rows
 
 _Step = Callable[[int, Rows, Tensor], None]
+_Result = TypeVar("_Result")
+_MODULES_OWN = frozenset(nn.Module().__dict__)  # tensors, submodules and hooks, which are no settings
+
+
+class Pool:
+    """Memory that graphs share, as none is replayed beside another; made when the first is captured."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    @property
+    def handle(self) -> Any:
+        """As torch's graphs take it."""
+        if self._handle is None:
+            self._handle = torch.cuda.graph_pool_handle()
+        return self._handle
+
+
+def captured(run: Callable[[], _Result], pool: Pool) -> tuple[Any, _Result]:
+    """Run something on a stream beside, then capture it.
+
+    Returns:
+        The graph, and what its replays compute, in memory of the pool.
+    Raises:
+        RuntimeError: it looks at values on the host, or does something else that cannot be captured.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool.handle):
+        result = run()
+    return graph, result
 
 
 class Drawn:
@@ -33,15 +68,14 @@ class Steps:
     Args:
         step: computes one.
         most: rows there are.
-        use_graphs: capture each size once and replay it.
+        pool: memory for capturing each size once and replaying it; None launches every step.
     """
 
-    def __init__(self, step: _Step, most: int, use_graphs: bool) -> None:
+    def __init__(self, step: _Step, most: int, pool: Pool | None) -> None:
         self._step = step
         self._sizes: list[int] = [*(size for size in map(_power, range(20)) if size < most), most]
-        self._use_graphs = use_graphs
+        self._pool = pool
         self._graphs: dict[int, Any] = {}
-        self._pool: Any = None
         self._host: list[tuple[Tensor, Tensor]] = []
         self._turn = 0
 
@@ -51,9 +85,9 @@ class Steps:
 
     def run(self, size: int, rows: Rows, stop_ids: Tensor) -> Drawn:
         """Start a step, and the copy of what it draws."""
-        if self._use_graphs and size not in self._graphs:
-            self._graphs[size] = self._captured(size, rows, stop_ids)
-        if self._use_graphs:
+        if self._pool is not None and size not in self._graphs:
+            self._graphs[size] = self._captured(size, rows, stop_ids, self._pool)
+        if self._pool is not None:
             self._graphs[size].replay()
         else:
             self._step(size, rows, stop_ids)
@@ -73,14 +107,17 @@ class Steps:
         ready.record()
         return Drawn(host_token, host_logprob, ready)
 
-    def _captured(self, size: int, rows: Rows, stop_ids: Tensor) -> Any:
-        """A captured step; a model whose forward looks at values on the host cannot be captured, and runs as it is."""
+    def _captured(self, size: int, rows: Rows, stop_ids: Tensor, pool: Pool) -> Any:
+        """A captured step; while it is tried out all rows are idle, so that nothing moves on.
+
+        A model whose forward looks at values on the host cannot be captured, and runs as it is.
+        """
         lengths = rows.state.lengths.clone()
+        rows.state.lengths.fill_(-1)
         try:
-            return self._capture(size, rows, stop_ids)
+            return captured(lambda: self._step(size, rows, stop_ids), pool)[0]
         except RuntimeError as error:
-            self._use_graphs = False
-            rows.state.lengths.copy_(lengths)
+            self._pool = None
             said = str(error).strip().splitlines()
             warnings.warn(
                 f"generate: a step cannot be captured into a CUDA graph ({said[0] if said else type(error).__name__}); "
@@ -88,23 +125,8 @@ class Steps:
                 stacklevel=2,
             )
             return None
-
-    def _capture(self, size: int, rows: Rows, stop_ids: Tensor) -> Any:
-        """Capture a step; while it is tried out all rows are idle, so that nothing moves on."""
-        lengths = rows.state.lengths.clone()
-        rows.state.lengths.fill_(-1)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._step(size, rows, stop_ids)
-        torch.cuda.current_stream().wait_stream(stream)
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            self._step(size, rows, stop_ids)
-        rows.state.lengths.copy_(lengths)
-        return graph
+        finally:
+            rows.state.lengths.copy_(lengths)
 
 
 def _power(exponent: int) -> int:
@@ -117,7 +139,7 @@ def fingerprint(model: nn.Module) -> int:
     for module in model.modules():
         parts.append(id(module))
         parts += [p.data_ptr() for p in (*module._parameters.values(), *module._buffers.values()) if p is not None]
-        parts += [_plain(value) for name, value in module.__dict__.items() if name != "training"]
+        parts += [_plain(value) for name, value in module.__dict__.items() if name not in _MODULES_OWN]
     return hash(tuple(parts))
 
 
