@@ -5,7 +5,7 @@ queries, keys and values, with positions in, and knows from the engine's `Pass` 
 the model needs no cache object, no mask and no forward of its own, whatever its family.
 
 In a prompt pass the rows' prompts lie one after another without padding; for attention alone they are laid side by
-side, padded at the end, where causality keeps the padding from being seen.
+side, padded at the end, where causality keeps the padding from being seen. Prompts of one length lie so already.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import AttentionInterface
 
 from fastpeft.errors import UserError
 from fastpeft.models.decode.cache import PAGE_SIZE, PagedCache
-from fastpeft.ops import paged_attention
+from fastpeft.ops import paged_attention, paged_store_
 
 NAME = "fastpeft_decode"
 _PASS: ContextVar[Pass | None] = ContextVar("fastpeft_decode_pass", default=None)
@@ -53,16 +53,15 @@ class Prompts:
     Attributes:
         count: b.
         longest: tokens of the longest prompt.
-        padded: ``(b * longest,)`` int64: for each place of a padded row the token there, any for padding.
-        real: ``(t,)`` int64: where each token is in the padded rows.
-        pages: ``(t,)`` int64, the page of each token.
-        offsets: ``(t,)`` int64, its place in the page.
+        padding: for each place of the padded rows the token there, any for padding, ``(b * longest,)`` int64; and where
+            each token is in them, ``(t,)`` int64. None for prompts of one length, which need none.
+        pages: ``(t,)`` int32, the page of each token.
+        offsets: ``(t,)`` int32, its place in the page.
     """
 
     count: int
     longest: int
-    padded: Tensor
-    real: Tensor
+    padding: tuple[Tensor, Tensor] | None
     pages: Tensor
     offsets: Tensor
 
@@ -73,14 +72,16 @@ class Prompts:
         longest = max(lengths)
         sizes = torch.tensor(lengths)
         place = torch.arange(longest).expand(len(lengths), -1)
-        starts = (sizes.cumsum(0) - sizes)[:, None]
         is_real = place < sizes[:, None]
-        padded = torch.where(is_real, starts + place, starts).flatten().to(device)
-        real = is_real.flatten().nonzero()[:, 0].to(device)
+        padding = None
+        if min(lengths) < longest:
+            starts = (sizes.cumsum(0) - sizes)[:, None]
+            padded = torch.where(is_real, starts + place, starts).flatten()
+            padding = padded.to(device), is_real.flatten().nonzero()[:, 0].to(device)
         rows = torch.arange(len(lengths)).repeat_interleave(sizes).to(device)
         positions = place[is_real].to(device)
-        pages = table[rows, positions // PAGE_SIZE].long()
-        return cls(len(lengths), longest, padded, real, pages, positions % PAGE_SIZE)
+        pages = table[rows, positions // PAGE_SIZE]
+        return cls(len(lengths), longest, padding, pages, (positions % PAGE_SIZE).int())
 
 
 def attention(
@@ -123,8 +124,7 @@ def attention(
             q, k, v, k_pages, v_pages, now.table, now.lengths, scale=scale, softcap=cap, window=window
         )
         return out[:, None], None
-    k_pages[now.prompts.pages, :, now.prompts.offsets] = key[0].transpose(0, 1)
-    v_pages[now.prompts.pages, :, now.prompts.offsets] = value[0].transpose(0, 1)
+    paged_store_(key[0], value[0], k_pages, v_pages, now.prompts.pages, now.prompts.offsets)
     return _attend_in_prompts(now.prompts, query[0], key[0], value[0], scale, cap, window)[None], None
 
 
@@ -132,9 +132,12 @@ def _attend_in_prompts(
     prompts: Prompts, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, window: int
 ) -> Tensor:
     """Attention of packed prompts, ``(heads, t, d)`` each, to ``(t, heads, d)``."""
-    q, k, v = (x[:, prompts.padded].unflatten(1, (prompts.count, -1)).transpose(0, 1) for x in (q, k, v))
-    out = _causal(q, k, v, scale, softcap, window if window < prompts.longest else 0)
-    return out.transpose(1, 2).flatten(0, 1)[prompts.real]
+    padded, real = prompts.padding or (None, None)
+    if padded is not None:
+        q, k, v = (x[:, padded] for x in (q, k, v))
+    q, k, v = (x.unflatten(1, (prompts.count, -1)).transpose(0, 1) for x in (q, k, v))
+    out = _causal(q, k, v, scale, softcap, window if window < prompts.longest else 0).transpose(1, 2).flatten(0, 1)
+    return out if real is None else out[real]
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, window: int) -> Tensor:
