@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         "suites",
         nargs="*",
         metavar="SUITE",
-        help="suites to run; by default all but those of whole stacks (train_step, decode)",
+        help="suites to run; by default all but those of whole stacks (train_step, memory and so on)",
     )
     parser.add_argument("--list", action="store_true", help="list the suites, or the cases of the suites given")
     parser.add_argument("--quick", action="store_true", help="a subset of about two minutes on a GPU")

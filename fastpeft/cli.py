@@ -424,7 +424,7 @@ def plot(
 
 @app.command()
 def estimate(
-    config: Annotated[Path | None, typer.Argument(help="A run's YAML; its data is not opened.")] = None,
+    config: Annotated[Path | None, typer.Argument(help="A run's YAML, or its folder; its data is not opened.")] = None,
     overrides: _Overrides = None,
     model: Annotated[str | None, typer.Option(help="Instead of a YAML: folder, hub id or package:NAME.")] = None,
     params: Annotated[

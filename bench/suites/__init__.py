@@ -8,6 +8,7 @@ from bench.suites import (
     dpo_step,
     lora,
     loss,
+    memory,
     nf4_gemm,
     nf4_quant,
     paged_adamw,
@@ -19,6 +20,6 @@ _ALL = (nf4_quant.SUITE, nf4_gemm.SUITE, lora.SUITE, blocks.SUITE, adamw.SUITE, 
 SUITES: dict[str, Suite] = {suite.name: suite for suite in _ALL}
 
 # Suites whose rows are whole stacks, each in its process; they read their own options.
-OF_STACKS = {suite.NAME: suite for suite in (train_step, dpo_step, ppo_step, decode)}
+OF_STACKS = {suite.NAME: suite for suite in (train_step, dpo_step, ppo_step, decode, memory)}
 
 __all__ = ["OF_STACKS", "SUITES"]

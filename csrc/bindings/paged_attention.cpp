@@ -63,6 +63,28 @@ void bind_paged_attention(py::module_& m) {
       py::arg("rows"), py::arg("heads"), py::arg("kv_heads"), py::arg("dim"), py::arg("rotary"), py::arg("page_size"),
       py::arg("row_pages"), py::arg("window"), py::arg("scale"), py::arg("softcap"), py::arg("parts"),
       py::arg("partial"), py::arg("counters"), py::arg("context"));
+  m.def(
+      "paged_store",
+      [](bool on_cuda, const Rows& k, const Rows& v, Address k_pages, Address v_pages, Address pages, Address offsets,
+         int dtype, int64_t tokens, int64_t kv_heads, int64_t dim, int64_t page_size, int64_t page_count,
+         const Context& context) {
+        const PagedStoreArgs args{head_rows(k),
+                                  head_rows(v),
+                                  at<void>(k_pages),
+                                  at<void>(v_pages),
+                                  at<int32_t>(pages),
+                                  at<int32_t>(offsets),
+                                  static_cast<DType>(dtype),
+                                  tokens,
+                                  kv_heads,
+                                  dim,
+                                  page_size,
+                                  page_count};
+        run(on_cuda, cpu::paged_store, cuda::paged_store, args, context);
+      },
+      py::arg("on_cuda"), py::arg("k"), py::arg("v"), py::arg("k_pages"), py::arg("v_pages"), py::arg("pages"),
+      py::arg("offsets"), py::arg("dtype"), py::arg("tokens"), py::arg("kv_heads"), py::arg("dim"),
+      py::arg("page_size"), py::arg("page_count"), py::arg("context"));
 }
 
 }  // namespace fastpeft::bindings

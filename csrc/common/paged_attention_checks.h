@@ -18,4 +18,9 @@ inline void check_paged_attention(const PagedAttentionArgs& args) {
         " must not be negative");
 }
 
+inline void check_paged_store(const PagedStoreArgs& args) {
+  check(args.kv_heads > 0 && args.dim > 0, "paged_store_: tokens have ", args.kv_heads, " heads of ", args.dim,
+        " elements; both must be positive");
+}
+
 }  // namespace fastpeft

@@ -43,6 +43,7 @@ void glu_backward(const GluBackwardArgs&, const Context&) { refuse("glu"); }
 void cross_entropy(const CrossEntropyArgs&, const Context&) { refuse("cross_entropy"); }
 void cross_entropy_backward(const CrossEntropyBackwardArgs&, const Context&) { refuse("cross_entropy_backward"); }
 void paged_attention(const PagedAttentionArgs&, const Context&) { refuse("paged_attention"); }
+void paged_store(const PagedStoreArgs&, const Context&) { refuse("paged_store_"); }
 void sample(const SampleArgs&, const Context&) { refuse("sample"); }
 void scale(const ScaleArgs&, const Context&) { refuse("scale"); }
 

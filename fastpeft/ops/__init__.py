@@ -9,6 +9,7 @@ from fastpeft.ops.nf4 import nf4_dequantize, nf4_linear, nf4_linear_plan, nf4_qu
 from fastpeft.ops.nf4_group import nf4_linear_group
 from fastpeft.ops.nf4_weight import NF4Weight
 from fastpeft.ops.paged_attention import paged_attention
+from fastpeft.ops.paged_store import paged_store_
 from fastpeft.ops.rms_norm import rms_norm
 from fastpeft.ops.rope import rope
 from fastpeft.ops.sample import SamplingState, sample_
@@ -30,6 +31,7 @@ __all__ = [
     "nf4_linear_plan",
     "nf4_quantize",
     "paged_attention",
+    "paged_store_",
     "rms_norm",
     "rope",
     "sample_",

@@ -242,6 +242,12 @@ def paged_attention_plan(
     return plan
 
 
+def sample_workspace_bytes(rows: int, v: int) -> int:
+    """Bytes that a draw from rows of logits works in on CUDA (csrc/cuda/sample_config.h)."""
+    nbytes: int = _C.sample_workspace_bytes(rows, v)
+    return nbytes
+
+
 def rms_norm_partial_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> int:
     """Rows of partial sums that the backward of an RMSNorm needs for its weight's gradient."""
     sms = device_limits(device)[1] if device.type == "cuda" else 0

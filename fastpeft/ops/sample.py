@@ -97,6 +97,9 @@ def _sample(
 ) -> None:
     if logits.stride(1) != 1:
         logits = logits.contiguous()
+    partial = None
+    if logits.is_cuda:
+        partial = logits.new_empty(native.sample_workspace_bytes(*logits.shape), dtype=torch.uint8)
     native.call(
         "sample",
         logits,
@@ -106,7 +109,7 @@ def _sample(
         logits.stride(0),
         *(native.address(x) for x in (temperature, top_p, penalty, top_k, least, seed, seen, stop_ids)),
         stop_ids.numel(),
-        *(native.address(x) for x in (lengths, drawn, token, logprob)),
+        *(native.address(x) for x in (lengths, drawn, token, logprob, partial)),
     )
 
 

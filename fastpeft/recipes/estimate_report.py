@@ -25,6 +25,7 @@ from fastpeft.recipes.estimate import Estimate, Mode, Setting, estimate
 from fastpeft.recipes.estimate_fit import method_table, nearest_fit, usable
 from fastpeft.recipes.estimate_model import ModelShape, shape_of, shape_of_size
 from fastpeft.recipes.load import read_config, weights_dtype
+from fastpeft.recipes.run_folder import CONFIG_FILE
 from fastpeft.recipes.schema import ModelConfig, RunConfig, load_config
 
 METHODS = ("full", "lora", "qlora", "ia3", "prompt_tuning", "p_tuning", "adapter")
@@ -273,19 +274,48 @@ def gpu_memory(stated_gb: float | None) -> int | None:
 
 
 def measured_peak(config: Path) -> int | None:
-    """The largest ``memory_bytes`` of the run whose folder holds this ``config.yaml``; None where there is none."""
+    """The largest ``memory_bytes`` of a run, given its folder or ``config.yaml``; None where there is none."""
+    config = _settings_file(config)
     metrics = config.parent / "metrics.jsonl"
-    if config.name != "config.yaml" or not metrics.is_file():
+    if config.name != CONFIG_FILE or not metrics.is_file():
         return None
     found = [json.loads(line).get("memory_bytes") for line in metrics.read_text(encoding="utf-8").splitlines() if line]
     return max((int(value) for value in found if value), default=None)
+
+
+def predicted_and_measured(
+    run: RunConfig, largest_batch: tuple[int, int] | None, measured: int
+) -> tuple[int, str] | None:
+    """What the formulas say of a run that is over, and a line with what its training steps took.
+
+    Args:
+        run: the run's configuration.
+        largest_batch: rows and tokens of the largest batch it had, virtual tokens not included; None counts what the
+            configuration allows.
+        measured: bytes of the peak.
+    Returns:
+        Bytes, and the line; None for a run without a formula.
+    """
+    try:
+        shape, setting = setting_of(run)
+        if largest_batch is not None:
+            rows, tokens = largest_batch
+            setting = dataclasses.replace(setting, batch=rows, length=tokens + run.peft.virtual_tokens)
+        predicted = estimate(shape, setting).total
+    except UserError:
+        return None
+    change = 100 * measured / predicted - 100
+    return predicted, (
+        f"memory: predicted {_gb(predicted)}, measured {_gb(measured)} ({change:+.1f}%), for {setting.batch} rows of "
+        f"{setting.length} tokens"
+    )
 
 
 def read_run(config: Path, overrides: Iterable[str], kind: str) -> tuple[ModelShape, Setting]:
     """Read a run's YAML for an estimate.
 
     Args:
-        config: the file.
+        config: the file, or a run folder.
         overrides: ``"a.b=c"``.
         kind: sft, reward or dpo.
     Raises:
@@ -294,7 +324,11 @@ def read_run(config: Path, overrides: Iterable[str], kind: str) -> tuple[ModelSh
     kinds: tuple[Literal["sft", "reward", "dpo", "ppo"], ...] = ("sft", "reward", "dpo", "ppo")
     if kind not in kinds:
         raise UserError(f"estimate: --kind {kind}; it must be one of {', '.join(kinds)}{did_you_mean(kind, kinds)}")
-    return setting_of(load_config(config, overrides, kind))
+    return setting_of(load_config(_settings_file(config), overrides, kind))
+
+
+def _settings_file(given: Path) -> Path:
+    return given / CONFIG_FILE if given.is_dir() else given
 
 
 def _gb(number: float) -> str:

@@ -22,6 +22,7 @@ from fastpeft.errors import UserError
 from fastpeft.methods import AdapterConfig, FullConfig, get_peft_model
 from fastpeft.methods.inject import plan_adapter
 from fastpeft.models import accelerate, report
+from fastpeft.recipes.estimate_report import predicted_and_measured
 from fastpeft.recipes.load import check_device, load_tokenizer, load_weights, model_skeleton, read_config
 from fastpeft.recipes.plot import plot_run
 from fastpeft.recipes.run_folder import (
@@ -33,6 +34,7 @@ from fastpeft.recipes.run_folder import (
 )
 from fastpeft.recipes.schema import RunConfig
 from fastpeft.trainers import BaseTrainer
+from fastpeft.trainers.metrics import append_metrics
 
 _SHORTEST = 8  # tokens of text beside virtual ones, as the trainers have it
 
@@ -143,11 +145,25 @@ def run_job(config: RunConfig, job: Job, say: Callable[[str], None] | None = Non
     if is_first and not (trainer.nothing_to_do and saved.exists()):
         save_result(model, tokenizer if config.peft.trains_whole_model else None, saved)
         say(f"saved {saved}")
+        _compare_memory(config, trainer, say)
         try:
             say(f"loss curve: {plot_run(config.output_dir)}")
         except UserError as error:  # no matplotlib, or nothing was logged: the training stands
             say(f"no loss curve: {error}")
     return config.output_dir
+
+
+def _compare_memory(config: RunConfig, trainer: BaseTrainer, say: Callable[[str], None]) -> None:
+    """Say what `estimate` predicts of the training that is over and what it took, and note both with its metrics."""
+    measured = trainer.peak_memory()
+    if measured is None or trainer.nothing_to_do:
+        return
+    found = predicted_and_measured(config, trainer.largest_batch, measured)
+    if found is not None:
+        predicted, line = found
+        say(line)
+        values = {"predicted_memory_bytes": predicted, "measured_memory_bytes": measured}
+        append_metrics(config.output_dir, trainer.state.global_step, values)
 
 
 def _print_now(line: str) -> None:

@@ -8,7 +8,7 @@ What changes:
 - a resumed run has the intervals of its options of now, and none of its steps twice (`resume`);
 - the last step is always logged, and SIGTERM and Ctrl-C end with a checkpoint (`preemption`);
 - where a paged optimizer has state on the GPU, a step that runs out of memory runs again without it (`out_of_memory`);
-- progress is one line (`progress`); overfitting (`overfitting`) and a schedule that would teach nothing are told of.
+- progress is a table (`progress`); overfitting (`overfitting`) and a schedule that would teach nothing are told of.
 
 One wait for the device per optimizer step is left: whether the step is finite must be known before the optimizer runs.
 
@@ -39,13 +39,15 @@ from fastpeft.optim import AdamW, AdamW8bit, PagedAdamW, PagedAdamW8bit
 from fastpeft.trainers import checkpoint
 from fastpeft.trainers.checks import check_model, check_transformers
 from fastpeft.trainers.config import BaseConfig
+from fastpeft.trainers.memory import PeakMemory
 from fastpeft.trainers.metrics import LogLastStep, Meter, MetricsFile, Stopwatch, memory_bytes
 from fastpeft.trainers.out_of_memory import StepAgain
 from fastpeft.trainers.overfitting import OverfittingMonitor
 from fastpeft.trainers.preemption import StopOnSignal
-from fastpeft.trainers.progress import ProgressLine
+from fastpeft.trainers.progress import ProgressView
 from fastpeft.trainers.resume import AlreadyTrained, ResumeAsAsked, without_mismatch_warning
 from fastpeft.trainers.state import capture_rng, load_state, restore_rng, save_state
+from fastpeft.trainers.utilisation import Utilisation
 from fastpeft.trainers.weights import load_weights, save_weights
 
 logger = logging.getLogger(__name__)
@@ -121,9 +123,12 @@ class BaseTrainer(Trainer):
         self._skipped_in_a_row = 0
         self._step_loss: Tensor | None = None
         self._stopwatch: Stopwatch | None = None
+        self.largest_batch: tuple[int, int] | None = None  # rows and tokens, in trainers that look at their batches
+        self._peak_memory = PeakMemory(args.device)
+        self._utilisation: Utilisation | None = None
         self._step_again = StepAgain(self.meter, self.accelerator.num_processes)
         self._stop_signal = StopOnSignal()
-        self._progress = ProgressLine()
+        self._progress = ProgressView()
         self.remove_callback(PrinterCallback)
         self.add_callback(self._stop_signal)
         self.add_callback(LogLastStep())
@@ -171,6 +176,9 @@ class BaseTrainer(Trainer):
         self.skipped_steps = self._skipped_in_a_row = 0
         self._step_loss = self._stopwatch = None
         self.nothing_to_do = False
+        self.largest_batch = None
+        self._peak_memory.start()
+        self._utilisation = self.create_utilisation()
         try:
             with without_mismatch_warning():
                 result = super().train(folder, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
@@ -308,13 +316,23 @@ class BaseTrainer(Trainer):
         metrics = self.meter.read(self._sum_over_processes)
         self.meter.reset()
         seconds = self._stopwatch.lap() if self._stopwatch else 0.0
-        tokens = round(metrics.pop("tokens", 0))
+        tokens, targets, pairs = (round(metrics.pop(name, 0)) for name in ("tokens", "targets", "pairs"))
         self.state.num_input_tokens_seen += tokens
         metrics["num_tokens"] = self.state.num_input_tokens_seen
         metrics["tokens_per_second"] = tokens / seconds if seconds else 0.0
-        metrics["memory_bytes"] = memory_bytes(self.args.device)
+        if self._utilisation is not None and seconds and pairs:
+            metrics["mfu"] = self._utilisation.share(tokens, targets, pairs, seconds)
+        metrics["memory_bytes"] = self._peak_memory.read()
         metrics["skipped_steps"] = self.skipped_steps
         return metrics
+
+    def peak_memory(self) -> int | None:
+        """The most bytes that training steps had allocated on the GPU; None on a CPU."""
+        return self._peak_memory.read() if self.args.device.type == "cuda" else None
+
+    def create_utilisation(self) -> Utilisation | None:
+        """What the metric ``mfu`` is reckoned by; None in a trainer whose steps are more than one pass each way."""
+        return None
 
     def _sum_over_processes(self, values: Tensor) -> Tensor:
         reduced: Tensor = self.accelerator.reduce(values, reduction="sum")
@@ -328,7 +346,7 @@ class BaseTrainer(Trainer):
             args: as in transformers.
             kwargs: as in transformers.
         """
-        with (self._stopwatch or Stopwatch()).paused():
+        with (self._stopwatch or Stopwatch()).paused(), self._peak_memory.apart():
             dataset = self.prepare_dataset(eval_dataset, "eval_dataset")
             metrics: dict[str, float] = super().evaluate(dataset, *args, **kwargs)
         return metrics
@@ -340,6 +358,8 @@ class BaseTrainer(Trainer):
         for name, value in self._eval_meter.read(self._sum_over_processes).items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         output.metrics.pop(f"{metric_key_prefix}_model_preparation_time", None)
+        if self.args.device.type == "cuda":
+            output.metrics[f"{metric_key_prefix}_memory_bytes"] = memory_bytes(self.args.device)
         return output
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

@@ -108,7 +108,7 @@ class BaseConfig(TrainingArguments):
             best weights are, ``"stop"`` ends the run too, ``"ignore"`` neither. The best checkpoint is never rotated
             away.
         overfitting_patience: evaluations.
-        progress: show a live line on a terminal, plain lines elsewhere; False prints nothing.
+        progress: show a live table on a terminal, plain lines elsewhere; False prints nothing.
         gradient_checkpointing: recompute activations in backward instead of keeping them.
         report_to: None for TensorBoard where it is installed; ``"none"`` for metrics.jsonl alone.
     Raises:

@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -154,12 +154,24 @@ class MetricsFile(TrainerCallback):
         """Write one line."""
         if not state.is_world_process_zero:
             return
-        line = json.dumps({"step": state.global_step, **(logs or {})}, default=float) + "\n"
-        self._session.append(line)
-        path = Path(args.output_dir) / METRICS_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line)
+        self._session.append(append_metrics(Path(args.output_dir), state.global_step, logs or {}))
+
+
+def append_metrics(folder: Path, step: int, values: Mapping[str, Any]) -> str:
+    """Append a line to a run's metrics file.
+
+    Args:
+        folder: the run's.
+        step: after which the values were taken.
+        values: numbers by name.
+    Returns:
+        The line.
+    """
+    line = json.dumps({"step": step, **values}, default=float) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / METRICS_FILE).open("a", encoding="utf-8") as file:
+        file.write(line)
+    return line
 
 
 def _step(line: str) -> float:

@@ -7,6 +7,7 @@ micro-batches and processes, so that it does not depend on how a batch is cut up
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -34,6 +35,7 @@ from fastpeft.trainers.base import BaseTrainer
 from fastpeft.trainers.checks import check_packing
 from fastpeft.trainers.config import BaseConfig
 from fastpeft.trainers.losses import token_nll
+from fastpeft.trainers.utilisation import Utilisation, causal_pairs
 
 _MANY_ROWS = 1 << 22  # of more, a shuffle is computed and not stored: torch's takes 40 bytes a row
 _SHORTEST = 8  # tokens; a row has at least a prompt, an answer and EOS
@@ -195,11 +197,20 @@ class SFTTrainer(BaseTrainer):
         batches = list(islice(epoch_iterator, num_batches))
         if not batches:
             return [], None
+        for rows, tokens in (batch["input_ids"].shape for batch in batches):
+            if self.largest_batch is None or rows * tokens > math.prod(self.largest_batch):
+                self.largest_batch = rows, tokens
         targets = [batch["labels"][:, 1:].ne(IGNORE_INDEX).sum() for batch in batches]
         count: Tensor = torch.stack(targets).sum().to(device)
         return batches, self._sum_over_processes(count)
 
     # Loss.
+
+    def create_utilisation(self) -> Utilisation | None:
+        """What the metric ``mfu`` is reckoned by; None where the model or the GPU is not known."""
+        device = self.args.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        return Utilisation.of(self.model, name, self.accelerator.num_processes)
 
     def compute_loss(
         self,
@@ -222,6 +233,9 @@ class SFTTrainer(BaseTrainer):
             self.meter.add("mean_token_accuracy", correct, targets)
         counted = inputs["num_tokens"] if "num_tokens" in inputs else inputs["attention_mask"]
         self.meter.add("tokens", counted.sum())
+        if self._utilisation is not None:
+            self.meter.add("targets", targets)
+            self.meter.add("pairs", causal_pairs(inputs))
         # DDP averages gradients over the processes, and the loss is a sum over them.
         scale = 1 if num_items_in_batch is None else self.accelerator.num_processes
         loss = nll * scale / (targets if num_items_in_batch is None else num_items_in_batch)

@@ -69,7 +69,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """Keep transformers from drawing a bar for the shards it writes across our progress line."""
+    """Keep transformers from drawing a bar for the shards it writes across our progress table."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

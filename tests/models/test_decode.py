@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models.families import FAMILIES, tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -20,7 +21,8 @@ import fastpeft
 from fastpeft.errors import UserError
 from fastpeft.models.decode import Completion, DecodeEngine, DecodeOptions
 from fastpeft.models.decode import prompts as prompt_graphs
-from fastpeft.models.decode.attention import running
+from fastpeft.models.decode.attention import Pass, Prompts, attention, in_pass, running
+from fastpeft.models.decode.cache import PagedCache
 
 LENGTHS = (3, 17, 9, 1, 30, 5, 8)
 PROMPTS = [[(5 * i * i + 7 * n) % 120 + 4 for i in range(n)] for n in LENGTHS]
@@ -50,6 +52,36 @@ def test_greedy_tokens_are_transformers_own(family: str, max_batch: int, device:
     model = tiny(family).to(device)
     engine = DecodeEngine(model, max_batch=max_batch)
     assert tokens_of(engine.generate(PROMPTS, DecodeOptions(max_new_tokens=12))) == own(model, PROMPTS, 12)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_prompts_of_one_length(family: str, count: int, device: str) -> None:
+    """Longer than a page, and than a window; such prompts are attended to without being laid out anew."""
+    model = tiny(family).to(device)
+    prompts = [[(5 * i * i + 11 * n) % 120 + 4 for i in range(70)] for n in range(count)]
+    found = DecodeEngine(model).generate(prompts, DecodeOptions(max_new_tokens=8))
+    assert tokens_of(found) == own(model, prompts, 8)
+
+
+@pytest.mark.parametrize("lengths", [(5, 5, 5), (6,), (5, 2, 9)], ids=str)
+def test_attention_of_packed_prompts(lengths: tuple[int, ...], device: str) -> None:
+    """Each prompt's is that of the prompt alone; keys and values are in the pages afterwards."""
+    cache, layer = PagedCache(6), nn.Module()
+    layer.layer_idx = 0  # type: ignore[assignment]
+    table = torch.tensor([[4, 2], [0, 1], [5, 3]], dtype=torch.int32, device=device)[: len(lengths)]
+    q, k, v = (torch.randn(1, heads, sum(lengths), 16, device=device) for heads in (4, 2, 2))
+    prompts = Prompts.of(list(lengths), table)
+    assert (prompts.padding is None) == (len(set(lengths)) == 1)
+    with in_pass(Pass(cache, table, torch.zeros(0), prompts)):
+        out, _ = attention(layer, q, k, v, None)
+    k_pages, v_pages = cache.layer(0, k)
+    parts = (x[0].split(lengths, 1) for x in (q, k, v, out.transpose(1, 2)))
+    for row, (q_own, k_own, v_own, found) in enumerate(zip(*parts, strict=True)):
+        alone = F.scaled_dot_product_attention(q_own, k_own, v_own, is_causal=True, enable_gqa=True)
+        assert (found - alone).abs().max() < 1e-5
+        page, size = int(table[row, 0]), lengths[row]
+        assert torch.equal(k_pages[page, :, :size], k_own) and torch.equal(v_pages[page, :, :size], v_own)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

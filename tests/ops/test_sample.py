@@ -81,12 +81,12 @@ def test_only_what_transformers_keeps_is_drawn(cut: dict[str, Any], temperature:
     assert float(deviation.max()) < SIGMAS
 
 
-def test_penalty_and_logprob(device: str) -> None:
+@pytest.mark.parametrize("v", [64, 30_000])
+def test_penalty_and_logprob(v: int, device: str) -> None:
     """The penalty is transformers'; log-probabilities are those before it, at the temperature."""
-    v = 64
     logits = torch.randn(2, v, device=device)
     drawn = state(2, device, v, temperature=0.0, penalty=[3.0, 1.0])
-    seen = torch.tensor([[3, 9, 40], [3, 9, 40]], device=device)
+    seen = torch.cat((logits.argmax(1, keepdim=True), torch.tensor([[3, 40], [3, 40]], device=device)), 1)
     assert drawn.seen is not None
     drawn.seen.scatter_(1, seen, True)
     penalised = RepetitionPenaltyLogitsProcessor(3.0)(seen, logits.clone())
@@ -115,6 +115,7 @@ def test_a_row_draws_the_same_in_any_batch(device: str) -> None:
         alone = state(1, device, **{name: v[row] if isinstance(v, list) else v for name, v in options.items()})
         sample_(logits[row : row + 1], alone, none(device))
         assert_exact(alone.token, together.token[row : row + 1])
+        assert_exact(alone.logprob, together.logprob[row : row + 1])
 
 
 def test_equal_logits_at_a_cut_are_all_kept(device: str) -> None:
@@ -135,12 +136,40 @@ def test_logits_that_are_no_numbers_show_in_the_logprob(row: list[float], temper
     assert math.isnan(float(drawn.logprob)) and 0 <= int(drawn.token) < 3
 
 
-def test_minus_infinity_is_never_drawn(device: str) -> None:
-    logits = torch.full((200, 33), -math.inf, device=device)
-    logits[:, 7], logits[:, 31] = 0.0, 1.0
+@pytest.mark.parametrize(("v", "finite"), [(33, (7, 31)), (50_001, (20_000, 50_000))])
+def test_minus_infinity_is_never_drawn(v: int, finite: tuple[int, int], device: str) -> None:
+    logits = torch.full((200, v), -math.inf, device=device)
+    logits[:, finite[0]], logits[:, finite[1]] = 0.0, 1.0
     drawn = state(200, device, temperature=5.0)
     sample_(logits, drawn, none(device))
-    assert set(drawn.token.tolist()) == {7, 31}
+    assert set(drawn.token.tolist()) == set(finite)
+    exact = torch.tensor([0.0, 0.2]).double().log_softmax(0)
+    expected = torch.where(drawn.token == finite[0], exact[0], exact[1])
+    assert (drawn.logprob.double() - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_view_of_wider_rows_draws_as_its_copy(temperature: float, dtype: torch.dtype, device: str) -> None:
+    """Rows that start anywhere, with what must not be read on both sides."""
+    wide = torch.full((4, 20_011), math.nan, device=device, dtype=dtype)
+    logits = torch.randn(4, 20_003, device=device).to(dtype)
+    wide[:, 3:20_006] = logits
+    of_view, of_copy = (state(4, device, temperature=temperature, top_p=0.95) for _ in range(2))
+    sample_(wide[:, 3:20_006], of_view, none(device))
+    sample_(logits, of_copy, none(device))
+    assert_exact(of_view.token, of_copy.token)
+    assert_exact(of_view.logprob, of_copy.logprob)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_zeros_of_both_signs_are_equal(temperature: float, device: str) -> None:
+    """Once the CUDA version took 0.0 for larger than -0.0, so that a cut at zero dropped one of them."""
+    logits = torch.full((100, 9), -5.0, device=device)
+    logits[:, 2], logits[:, 6] = -0.0, 0.0
+    drawn = state(100, device, temperature=temperature, top_k=1)
+    sample_(logits, drawn, none(device))
+    assert set(drawn.token.tolist()) == ({2, 6} if temperature else {2})
 
 
 def test_refuses(device: str) -> None:

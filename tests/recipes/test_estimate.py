@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from methods.families import METHODS, tiny
-from recipes.tensor_memory import TensorMemory
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig
 
+from bench.tensor_memory import TensorMemory
 from fastpeft.cli import main
 from fastpeft.errors import UserError
 from fastpeft.methods import (

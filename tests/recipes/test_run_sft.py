@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from fastpeft.cli import main
 from fastpeft.errors import UserError
 from fastpeft.recipes import ModelConfig, converse, generate_answers, load_config, load_for_generation, run_sft
+from fastpeft.trainers import SFTTrainer
 
 
 def run(*arguments: str) -> int:
@@ -39,6 +40,32 @@ def test_an_accelerated_run_learns_the_same(job: Path, capsys: pytest.CaptureFix
         found.append([row["loss"] for row in metrics(job / name) if "loss" in row])
         assert ("2 layer, 1 loss" in capsys.readouterr().out) == bool(options)
     assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt_tuning"])
+def test_a_run_on_a_gpu_tells_what_was_predicted_and_measured(
+    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """On a GPU that is made up; on a CPU nothing is said."""
+    options = [f"peft.method={method}", *(["peft.num_virtual_tokens=4"] if method == "prompt_tuning" else [])]
+    text = (job / "job.yaml").read_text()
+    (job / "plain.yaml").write_text(text.replace("  r: 4\n  lora_alpha: 8\n  target_modules: all-linear\n", ""))
+    assert run("sft", "plain.yaml", *options, "train.output_dir=cpu") == 0
+    assert "measured" not in capsys.readouterr().out
+    assert not any("measured_memory_bytes" in row for row in metrics(job / "cpu"))
+
+    monkeypatch.setattr(SFTTrainer, "peak_memory", lambda trainer: 123_000_000)
+    assert run("sft", "plain.yaml", *options, "train.output_dir=gpu") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory: predicted")]
+    last = metrics(job / "gpu")[-1]
+    assert last["step"] == 3 and last["measured_memory_bytes"] == 123_000_000
+    predicted = last["predicted_memory_bytes"]
+    change = 100 * 123_000_000 / predicted - 100
+    assert f"predicted {predicted / 1e9:.2f} GB, measured 0.12 GB ({change:+.1f}%), for 4 rows of " in line
+    tokens = int(line.split(" rows of ")[1].split()[0])
+    assert tokens % 8 == (4 if method == "prompt_tuning" else 0), "the padded batch, and the virtual tokens"
+    assert run("estimate", "gpu") == 0
+    assert "measured " in capsys.readouterr().out, "of a run folder as of its config.yaml"
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])

@@ -1,4 +1,4 @@
-"""What a run tells: the metrics file, TensorBoard, and the progress line."""
+"""What a run tells: the metrics file, TensorBoard, and the progress on a terminal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from fastpeft.trainers import SFTTrainer
 from fastpeft.trainers.metrics import Meter, MetricsFile, Stopwatch
-from fastpeft.trainers.progress import format_bytes, format_time
+from fastpeft.trainers.progress import ProgressView, format_bytes, format_time
 
 MakeTrainer = Callable[..., SFTTrainer]
 
@@ -194,14 +194,17 @@ def test_one_step_is_not_told_of_in_the_plural(make_trainer: MakeTrainer) -> Non
     assert text.getvalue().splitlines()[-1].startswith("1 step in 0:0")
 
 
-def test_one_live_line_on_a_terminal(make_trainer: MakeTrainer, rows: Any) -> None:
+def test_a_live_table_on_a_terminal(make_trainer: MakeTrainer, rows: Any) -> None:
     text = io.StringIO()
     console = Console(file=text, force_terminal=True, width=120)
     run_with_console(make_trainer, console, max_steps=3, eval_strategy="steps", eval_dataset=rows[:4])
     screen = text.getvalue()
-    assert "\x1b[2K" in screen, "the line is cleared and written again in place"
-    assert screen.count("\n") <= 3
-    assert "step 3/3  loss" in screen and "eval loss" in screen
+    assert "\x1b[2K" in screen, "the table is cleared and written again in place"
+    last = screen.rsplit("\x1b[2K", 1)[1]
+    assert last.count("\n") <= 5
+    for part in ("step 3/3", "loss", "eval loss", "lr", "norm", "tok/s", "memory", "weights", "trained", "optimizer"):
+        assert part in last
+    assert "MFU" not in last and "activations" not in last, "neither is known on a CPU"
 
 
 def test_terminal_is_given_back_after_an_error(make_trainer: MakeTrainer) -> None:
@@ -236,3 +239,20 @@ def test_format_bytes(count: float, text: str) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (61, "1:01"), (3661.6, "1:01:02")])
 def test_format_time(seconds: float, text: str) -> None:
     assert format_time(seconds) == text
+
+
+def test_plain_lines_tell_a_gpus_memory_once_and_when_it_grows() -> None:
+    text = io.StringIO()
+    view = ProgressView(Console(file=text, width=200))
+    model = torch.nn.Linear(1000, 1000, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    args = SimpleNamespace(device=torch.device("cuda"))
+    state = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=9)
+    view.on_train_begin(args, state, None)
+    for peak in (50_000_000, 51_000_000, 60_000_000):
+        state.global_step += 1
+        logs = {"loss": 1.0, "mfu": 0.4125, "memory_bytes": peak}
+        view.on_log(args, state, None, logs=logs, model=model, optimizer=optimizer)
+    lines = text.getvalue().splitlines()
+    assert [line.split(":")[0] for line in lines if line.startswith("memory")] == ["memory 50 MB", "memory 60 MB"]
+    assert len(lines) == 5 and all("MFU 41.2%" in line for line in lines if line.startswith("step"))

@@ -5,6 +5,8 @@
 // over the last `window` of the row's tokens, the new one included. With angles, q and the new k are rotated by them
 // (rope.h) and rounded before anything else. A row whose length is below 0 is idle: nothing joins, its output is zero.
 //
+// paged_store puts the keys and values of many tokens into pages, as a prompt has them.
+//
 // Layout   pages [pages, kv_heads, page_size, dim]; token j of a row lies in page table[row][j / page_size].
 // Source   pages: Kwon et al., "Efficient Memory Management for LLM Serving with PagedAttention", arXiv 2309.06180.
 #pragma once
@@ -39,12 +41,24 @@ struct PagedAttentionArgs {
   unsigned* counters = nullptr;  // [rows, blocks of heads]: zero, and zero again afterwards
 };
 
+struct PagedStoreArgs {
+  HeadRows k, v;  // [tokens, kv_heads, dim]
+  void *k_pages, *v_pages;
+  const int32_t* pages;    // [tokens]; below 0: not stored
+  const int32_t* offsets;  // [tokens], places in the page; those of tokens that are stored differ
+  DType dtype;             // float64 on the CPU only
+  int64_t tokens, kv_heads, dim;
+  int64_t page_size, page_count;
+};
+
 namespace cpu {
 void paged_attention(const PagedAttentionArgs& args, const Context& context);
+void paged_store(const PagedStoreArgs& args, const Context& context);
 }  // namespace cpu
 
 namespace cuda {
 void paged_attention(const PagedAttentionArgs& args, const Context& context);
+void paged_store(const PagedStoreArgs& args, const Context& context);
 }  // namespace cuda
 
 }  // namespace fastpeft

@@ -36,6 +36,7 @@ struct SampleArgs {
   int64_t* drawn;    // [rows] tokens that were drawn: one more
   int64_t* token;    // [rows]
   float* logprob;    // [rows]
+  void* partial = nullptr;  // CUDA: sample_workspace_bytes(rows, v), on the 16-byte grid
 };
 
 namespace cpu {

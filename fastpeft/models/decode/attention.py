@@ -5,7 +5,7 @@ queries, keys and values, with positions in, and knows from the engine's `Pass` 
 the model needs no cache object, no mask and no forward of its own, whatever its family.
 
 In a prompt pass the rows' prompts lie one after another without padding; for attention alone they are laid side by
-side, padded at the end, where causality keeps the padding from being seen.
+side, padded at the end, where causality keeps the padding from being seen. Prompts of one length lie so already.
 """
 
 from __future__ import annotations
@@ -53,19 +53,17 @@ class Prompts:
     Attributes:
         count: b.
         longest: tokens of the longest prompt.
-        pages: ``(t,)`` int32, the page of each token; below 0 for padding.
+        padding: for each place of the padded rows the token there, any for padding, ``(b * longest,)`` int64; and where
+            each token is in them, ``(t,)`` int64. None for prompts of one length, which need none.
+        pages: ``(t,)`` int32, the page of each token; below 0 for padding that the tokens have among them.
         offsets: ``(t,)`` int32, its place in the page.
-        padded: ``(b * longest,)`` int64: for each place of a padded row the token there, any for padding; None where
-            the tokens lie in rows of ``longest`` already.
-        real: ``(t,)`` int64: where each token is in the padded rows; None likewise.
     """
 
     count: int
     longest: int
+    padding: tuple[Tensor, Tensor] | None
     pages: Tensor
     offsets: Tensor
-    padded: Tensor | None = None
-    real: Tensor | None = None
 
     @classmethod
     def of(cls, lengths: list[int], table: Tensor) -> Prompts:
@@ -75,14 +73,15 @@ class Prompts:
         sizes = torch.tensor(lengths)
         place = torch.arange(longest).expand(len(lengths), -1)
         is_real = place < sizes[:, None]
+        padding = None
+        if min(lengths) < longest:
+            starts = (sizes.cumsum(0) - sizes)[:, None]
+            padded = torch.where(is_real, starts + place, starts).flatten()
+            padding = padded.to(device), is_real.flatten().nonzero()[:, 0].to(device)
         rows = torch.arange(len(lengths)).repeat_interleave(sizes).to(device)
         positions = place[is_real].to(device)
-        where = table[rows, positions // PAGE_SIZE], (positions % PAGE_SIZE).int()
-        if min(lengths) == longest:
-            return cls(len(lengths), longest, *where)
-        starts = (sizes.cumsum(0) - sizes)[:, None]
-        padded = torch.where(is_real, starts + place, starts).flatten().to(device)
-        return cls(len(lengths), longest, *where, padded, is_real.flatten().nonzero()[:, 0].to(device))
+        pages = table[rows, positions // PAGE_SIZE]
+        return cls(len(lengths), longest, padding, pages, (positions % PAGE_SIZE).int())
 
 
 def attention(
@@ -133,12 +132,12 @@ def _attend_in_prompts(
     prompts: Prompts, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, window: int
 ) -> Tensor:
     """Attention of packed prompts, ``(heads, t, d)`` each, to ``(t, heads, d)``."""
-    if prompts.padded is not None:
-        q, k, v = (x[:, prompts.padded] for x in (q, k, v))
+    padded, real = prompts.padding or (None, None)
+    if padded is not None:
+        q, k, v = (x[:, padded] for x in (q, k, v))
     q, k, v = (x.unflatten(1, (prompts.count, -1)).transpose(0, 1) for x in (q, k, v))
-    out = _causal(q, k, v, scale, softcap, window if window < prompts.longest else 0)
-    out = out.transpose(1, 2).flatten(0, 1)
-    return out if prompts.real is None else out[prompts.real]
+    out = _causal(q, k, v, scale, softcap, window if window < prompts.longest else 0).transpose(1, 2).flatten(0, 1)
+    return out if real is None else out[real]
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, window: int) -> Tensor:

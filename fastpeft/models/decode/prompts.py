@@ -58,7 +58,7 @@ class _Graph:
         def run() -> Tensor:
             is_real = place < self._lengths[:, None]
             pages = torch.where(is_real, self._table[:, page], -1)
-            prompts = Prompts(count, longest, pages.flatten(), offsets)
+            prompts = Prompts(count, longest, None, pages.flatten(), offsets)
             return forward(PromptPass(self._ids.flatten(), positions, starts + self._lengths - 1, prompts))
 
         self._run = run

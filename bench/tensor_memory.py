@@ -34,6 +34,10 @@ class TensorMemory(TorchDispatchMode):
                 weakref.finalize(storage, self._freed, key, storage.nbytes())
         self.peak = max(self.peak, self.alive)
 
+    def reset(self) -> None:
+        """Look for the most bytes from now on."""
+        self.peak = self.alive
+
     def _freed(self, key: int, nbytes: int) -> None:
         self._known.discard(key)
         self.alive -= nbytes
