@@ -92,12 +92,12 @@ def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     Yields:
         Full name and module.
     """
-    inside: list[str] = []
+    adapted = None  # the last one's name, with its dot: what is inside follows it directly
     for name, module in model.named_modules():
-        if not name or any(name.startswith(prefix) for prefix in inside):
+        if not name or (adapted is not None and name.startswith(adapted)):
             continue
         if isinstance(module, Adapted):
-            inside.append(f"{name}.")
+            adapted = f"{name}."
         yield name, module
 
 

@@ -293,13 +293,13 @@ class PPOTrainer(BaseTrainer):
         args = self.args
         losses: list[Tensor] = []
         norms: list[Tensor] = []
+        parameters = self.roles.trainable_parameters()
         for _ in range(args.num_ppo_epochs):
             order = torch.randperm(len(rollout.items))
             for part in order.tensor_split(args.num_mini_batches):
                 if not bool(rollout.mask[rollout.samples_of(part)].any()):
                     continue  # every sample of it was left out
                 loss = self._backward(rollout, part)
-                parameters = self.roles.trainable_parameters()
                 self._average_gradients(parameters)
                 norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
                 self._skip_unless_finite(loss, norm)

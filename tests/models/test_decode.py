@@ -248,11 +248,12 @@ def test_tokens_come_as_they_are_drawn_and_leaving_early_loses_nothing(device: s
 def test_a_step_that_cannot_be_captured_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a model that chooses experts on the host; the rows must not have moved on by the attempt."""
 
-    def refuse(steps: Any, size: int, rows: Any, stop_ids: Tensor) -> Any:
-        rows.state.lengths.fill_(-1)
+    def refuse(run: Callable[[], Any], pool: Any) -> Any:
+        run()
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr("fastpeft.models.decode.graphs.Steps._capture", refuse)
+    for module in ("graphs", "prompts"):
+        monkeypatch.setattr(f"fastpeft.models.decode.{module}.captured", refuse)
     model = tiny("llama")
     engine = DecodeEngine(model, max_batch=3, use_graphs=True)
     with pytest.warns(UserWarning, match=r"cannot be captured into a CUDA graph \(operation not permitted"):
