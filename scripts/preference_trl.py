@@ -95,6 +95,7 @@ def train_with_trl(
         output_dir=str(adapter),
         max_length=None,  # rows are cut already
         bf16=autocast,
+        use_cpu=options.device.type == "cpu",
         optim="adamw_torch",
         gradient_checkpointing=False,
         logging_steps=1,
