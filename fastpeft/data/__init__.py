@@ -13,7 +13,7 @@ from fastpeft.data.prompts import PromptDataset, PromptReport, build_prompt_data
 from fastpeft.data.records import load_records, read_records
 from fastpeft.data.sft import IGNORE_INDEX, DataReport, SFTDataset, build_sft_dataset
 from fastpeft.data.split import Split, leak_warning, leaks, split_dataset
-from fastpeft.data.token_cache import cached_sft_dataset
+from fastpeft.data.token_cache import cached_preference_dataset, cached_prompt_dataset, cached_sft_dataset
 
 __all__ = [
     "IGNORE_INDEX",
@@ -36,6 +36,8 @@ __all__ = [
     "build_preference_dataset",
     "build_prompt_dataset",
     "build_sft_dataset",
+    "cached_preference_dataset",
+    "cached_prompt_dataset",
     "cached_sft_dataset",
     "encode_prompt",
     "leak_warning",

@@ -56,15 +56,22 @@ def encode_prompt(
             record = parse_row(row, "prompt", for_prompt=True)
         except RowError as complaint:
             raise UserError(f"encode_prompt: {complaint}") from None
-    turns = record.turns[:-1] if record.turns[-1].role == "assistant" else record.turns
-    if record.plain:
-        raise UserError(f"encode_prompt: {record.where}: a row of plain text has no prompt; give its beginning as one")
-    encoder = Encoder(tokenizer)
     try:
-        text = encoder.render_prompt(turns)
+        return prompt_ids(record, Encoder(tokenizer))
     except RowError as complaint:
         raise UserError(f"encode_prompt: {record.where}: {complaint}") from None
-    return encoder.bos + encoder.encode([text])[0]
+
+
+def prompt_ids(record: Record, encoder: Encoder) -> list[int]:
+    """The tokens before the (last) answer of a record, which may be absent; see `encode_prompt`.
+
+    Raises:
+        RowError: the record is a text, which has no prompt, or the chat template refuses it.
+    """
+    if record.plain:
+        raise RowError("a row of plain text has no prompt; give its beginning as one")
+    turns = record.turns[:-1] if record.turns[-1].role == "assistant" else record.turns
+    return encoder.bos + encoder.encode([encoder.render_prompt(turns)])[0]
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

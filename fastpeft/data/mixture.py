@@ -25,6 +25,9 @@ class MixedDataset(Dataset[Any]):
         datasets: of one kind, such as `SFTDataset`.
         weights: one for each, above 0; None for 1.
         seed: draws the rows of a part of a data set.
+    Attributes:
+        parts: the data sets.
+        counts: rows that an epoch has of each.
     Raises:
         UserError: there is no data set, or a weight is missing or is none.
     """
@@ -38,7 +41,7 @@ class MixedDataset(Dataset[Any]):
         for number, weight in enumerate(weights):
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
                 raise UserError(f"MixedDataset: weights[{number}] is {weight!r}; it must be a number above 0")
-        self._datasets = datasets
+        self.parts = datasets
         self._seed = seed
         self.counts = [max(1, round(weight * len(dataset))) for dataset, weight in zip(datasets, weights, strict=True)]
         self._ends = list(accumulate(self.counts))
@@ -61,7 +64,7 @@ class MixedDataset(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         number, row = self._place(index)
-        return self._datasets[number][row]
+        return self.parts[number][row]
 
     def __iter__(self) -> Iterator[Any]:
         return (self[index] for index in range(len(self)))
@@ -69,7 +72,7 @@ class MixedDataset(Dataset[Any]):
     def prompt_of(self, index: int) -> list[int]:
         """The tokens of an item's prompt, where the data sets can tell."""
         number, row = self._place(index)
-        prompt: list[int] = self._datasets[number].prompt_of(row)
+        prompt: list[int] = self.parts[number].prompt_of(row)
         return prompt
 
     def _place(self, index: int) -> tuple[int, int]:
@@ -79,21 +82,21 @@ class MixedDataset(Dataset[Any]):
         index %= len(self)
         number = bisect_right(self._ends, index)
         begin = self._ends[number] - self.counts[number]
-        times, row = divmod(index - begin, len(self._datasets[number]))
-        if (times + 1) * len(self._datasets[number]) > self.counts[number]:  # of the last round only a part comes
-            row = int(shuffled(row, row + 1, len(self._datasets[number]), self._seed + number, times)[0])
+        times, row = divmod(index - begin, len(self.parts[number]))
+        if (times + 1) * len(self.parts[number]) > self.counts[number]:  # of the last round only a part comes
+            row = int(shuffled(row, row + 1, len(self.parts[number]), self._seed + number, times)[0])
         return number, row
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each row."""
-        known = [dataset.lengths for dataset in self._datasets]
+        known = [dataset.lengths for dataset in self.parts]
         return [known[number][row] for number, row in map(self._place, range(len(self)))]
 
     @property
     def report(self) -> MixtureReport:
         """What became of the rows of each data set, and what comes from where."""
-        parts = [dataset.report for dataset in self._datasets]
+        parts = [dataset.report for dataset in self.parts]
         told = [f"{count:,} of {part.name}" for count, part in zip(self.counts, parts, strict=True)]
         return MixtureReport(parts, f"an epoch has {len(self):,} rows: {', '.join(told)}")
 
@@ -109,6 +112,11 @@ class MixtureReport:
     def name(self) -> str:
         """What messages call the mixture."""
         return ", ".join(part.name for part in self.parts)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row of all."""
+        return max(int(part.longest) for part in self.parts)
 
     def summary(self) -> str:
         """The summaries of all, and the mixture."""

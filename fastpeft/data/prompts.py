@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
+from fastpeft.data.columns import Column, RowBuilder
 from fastpeft.data.forms import PROMPT_KEYS, Record, parse_row
-from fastpeft.data.layout import encode_prompt
-from fastpeft.data.records import OnBadRow, describe_complaints, read_checked
+from fastpeft.data.layout import Encoder, prompt_ids
+from fastpeft.data.records import OnBadRow, read_checked
+from fastpeft.data.report import Report
 from fastpeft.data.row_values import RowError
-from fastpeft.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
-class PromptReport:
+class PromptReport(Report):
     """What became of a source's rows."""
-
-    name: str
-    max_length: int
-    rows: int = 0
-    kept: int = 0
-    dropped_too_long: int = 0
-    longest: int = 0
-    complaints: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
         """A line on what was kept, and a line for each thing a person should know."""
@@ -39,36 +36,65 @@ class PromptReport:
         ]
         if self.dropped_too_long:
             lines.append(f"  {self.dropped_too_long:,} dropped: longer than {self.max_length:,} tokens")
-        if self.complaints:
-            more = f" and {len(self.complaints) - 3:,} more" if len(self.complaints) > 3 else ""
-            lines.append(f"  {len(self.complaints):,} bad, left out: {' | '.join(self.complaints[:3])}{more}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.bad_line()])
+
+    def nothing_left(self) -> str:
+        """The message about a source of which no row is kept."""
+        return f"{self.name}: no prompt is left\n{self.summary()}"
 
 
 class PromptDataset(Dataset[dict[str, Any]]):
     """Tokenised prompts: item i is ``{"input_ids": list[int], "prompt": the row's prompt, "columns": its other keys}``.
 
     Args:
-        items: the items.
+        tokens: int32 ``(total,)``, the prompts one after another.
+        offsets: int64 ``(rows + 1,)``; prompt i is ``tokens[offsets[i]:offsets[i + 1]]``.
+        given: for each row its prompt and its other keys, as the source has them.
         report: what became of the source's rows.
     """
 
-    def __init__(self, items: Sequence[dict[str, Any]], report: PromptReport) -> None:
-        self._items = items
+    def __init__(
+        self, tokens: Tensor, offsets: Tensor, given: Sequence[tuple[Any, dict[str, Any]]], report: PromptReport
+    ) -> None:
+        self._tokens, self._offsets, self._given = tokens, offsets, given
+        self._places = torch.arange(len(offsets) - 1)
         self.report = report
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._places)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._items[index]
+        row = int(self._places[index])
+        prompt, columns = self._given[row]
+        ids = self._tokens[int(self._offsets[row]) : int(self._offsets[row + 1])].tolist()
+        return {"input_ids": ids, "prompt": prompt, "columns": columns}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self._items)
+        return (self[index] for index in range(len(self)))
 
     def select(self, indices: Sequence[int]) -> PromptDataset:
         """Some of the prompts, in the order given; the report stays that of all."""
-        return PromptDataset([self._items[index] for index in indices], self.report)
+        some = copy.copy(self)
+        some._places = self._places[torch.tensor(indices, dtype=torch.int64)]
+        return some
+
+
+class JsonRows(Sequence[Any]):
+    """Values written as JSON, read when they are asked for.
+
+    Args:
+        texts: uint8 ``(total,)``, one after another.
+        offsets: int64 ``(values + 1,)``.
+    """
+
+    def __init__(self, texts: Tensor, offsets: Tensor) -> None:
+        self._texts, self._offsets = texts, offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        return json.loads(self._texts[int(self._offsets[index]) : int(self._offsets[index + 1])].numpy().tobytes())
 
 
 def parse_prompt(row: Mapping[str, Any], where: str) -> tuple[Record, Mapping[str, Any]]:
@@ -107,28 +133,53 @@ def build_prompt_dataset(
         UserError: the source cannot be read, has bad rows, or no row of it can be used.
     """
     found = read_checked(source, parse_prompt, PROMPT_KEYS, on_bad_row=on_bad_row, name=name)
-    report = PromptReport(found.name, max_length, complaints=found.complaints)
-    items = []
-    for record, row in found.records:
-        try:
-            ids = encode_prompt(record, tokenizer)
-        except UserError as error:
-            report.complaints.append(str(error).removeprefix("encode_prompt: "))
-            continue
-        if len(ids) > max_length:
-            report.dropped_too_long += 1
-            continue
-        prompt, keys = _as_given(record, row)
-        report.longest = max(report.longest, len(ids))
-        columns = {name: value for name, value in row.items() if name not in keys}
-        items.append({"input_ids": ids, "prompt": prompt, "columns": columns})
-    if report.complaints and on_bad_row == "error":
-        raise UserError(describe_complaints(found.name, report.complaints, len(items)))
-    report.kept = len(items)
-    report.rows = report.kept + report.dropped_too_long + len(report.complaints)
-    if not items:
-        raise UserError(f"{report.name}: no prompt is left\n{report.summary()}")
-    return PromptDataset(items, report)
+    rows = PromptRows(PromptReport(found.name, max_length, complaints=found.complaints))
+    rows.add(found.records, Encoder(tokenizer))
+    rows.report.finish(on_bad_row)
+    tensors = rows.tensors()
+    return PromptDataset(tensors["tokens"], tensors["offsets"], rows.given, rows.report)
+
+
+class PromptRows(RowBuilder):
+    """The rows of a `PromptDataset` as they are made; what stands beside the tokens is written only for a cache."""
+
+    columns: ClassVar = {
+        "tokens": Column("<i4"),
+        "offsets": Column("<i8", ends_in="tokens"),
+        "texts": Column("u1"),
+        "text_offsets": Column("<i8", ends_in="texts"),
+    }
+    report: PromptReport
+
+    def __init__(self, report: PromptReport) -> None:
+        super().__init__(report)
+        self.given: list[tuple[Any, dict[str, Any]]] = []
+
+    def add(self, records: Sequence[tuple[Record, Mapping[str, Any]]], encoder: Encoder) -> None:
+        """Tokenise prompts and leave out what is too long; what the template refuses becomes a complaint."""
+        report = self.report
+        for record, row in records:
+            try:
+                ids = prompt_ids(record, encoder)
+            except RowError as complaint:
+                report.complaints.append(f"{record.where}: {complaint}")
+                continue
+            if len(ids) > report.max_length:
+                report.dropped_too_long += 1
+                continue
+            report.kept += 1
+            report.longest = max(report.longest, len(ids))
+            prompt, keys = _as_given(record, row)
+            self.given.append((prompt, {name: value for name, value in row.items() if name not in keys}))
+            self.data["tokens"].extend(ids)
+            self.data["offsets"].append(len(self.data["tokens"]))
+
+    def flatten(self) -> None:
+        """Write what stands beside the tokens into columns, as JSON."""
+        for value in self.given:
+            self.data["texts"] += json.dumps(value).encode()
+            self.data["text_offsets"].append(len(self.data["texts"]))
+        self.given.clear()
 
 
 def _as_given(record: Record, row: Mapping[str, Any]) -> tuple[Any, Sequence[str]]:

@@ -7,18 +7,19 @@ row that is too long. A row whose answer and EOS alone are too long is dropped a
 from __future__ import annotations
 
 import copy
-from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.utils.data import Dataset
 
+from fastpeft.data.columns import Column, RowBuilder
 from fastpeft.data.forms import Record
 from fastpeft.data.layout import Encoder, encode_all, fit
 from fastpeft.data.records import OnBadRow, describe_complaints, read_records
+from fastpeft.data.report import Report
 from fastpeft.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,36 +29,35 @@ IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default ignore_index
 
 
 @dataclass
-class DataReport:
+class DataReport(Report):
     """What became of a source's rows; all counts are of rows or tokens.
 
     ``rows == kept + dropped_too_long + bad_rows``; ``cut_prompts`` and ``empty_outputs`` are among the kept. ``forms``
     counts the kept by the form of their rows.
     """
 
-    name: str
-    max_length: int
-    rows: int = 0
-    kept: int = 0
     cut_prompts: int = 0
-    dropped_too_long: int = 0
     empty_outputs: int = 0
     bad_rows: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
-    longest: int = 0
     shortest_dropped: int = 0
     forms: dict[str, int] = field(default_factory=dict)
-    complaints: list[str] = field(default_factory=list)
 
     def finish(self, on_bad_row: OnBadRow) -> None:
         """Sum up, and raise UserError if bad rows stop a run or no row is left."""
         self.bad_rows = len(self.complaints)
-        self.rows = self.kept + self.dropped_too_long + self.bad_rows
-        if self.complaints and on_bad_row == "error":
-            raise UserError(describe_complaints(self.name, self.complaints, self.rows - self.bad_rows))
-        if not self.kept:
-            raise UserError(_nothing_left(self))
+        super().finish(on_bad_row)
+
+    def nothing_left(self) -> str:
+        """The message about a source of which no row is kept."""
+        if self.dropped_too_long:
+            return (
+                f"{self.name}: no row is left to train on: {self.dropped_too_long} of {self.rows} rows have an "
+                f"output of more than max_length={self.max_length} tokens (the shortest needs "
+                f"{self.shortest_dropped}); raise max_length"
+            )
+        return describe_complaints(self.name, self.complaints, 0)
 
     def summary(self) -> str:
         """A line on what was kept, and a line for each thing a person should know."""
@@ -74,10 +74,7 @@ class DataReport:
             )
         if self.empty_outputs:
             lines.append(f"  {self.empty_outputs:,} with an empty output: they teach the model to answer nothing")
-        if self.bad_rows:
-            more = f" and {self.bad_rows - 3:,} more" if self.bad_rows > 3 else ""
-            lines.append(f"  {self.bad_rows:,} bad, left out: {' | '.join(self.complaints[:3])}{more}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.bad_line()])
 
 
 def forms_in_words(forms: Mapping[str, int]) -> str:
@@ -174,12 +171,7 @@ def build_sft_dataset(
     rows = TokenRows(DataReport(found.name, max_length, complaints=found.complaints))
     rows.add(found.records, Encoder(tokenizer))
     rows.report.finish(on_bad_row)
-    return SFTDataset(
-        torch.frombuffer(rows.tokens, dtype=torch.int32),
-        torch.frombuffer(rows.is_target, dtype=torch.bool),
-        torch.frombuffer(rows.offsets, dtype=torch.int64),
-        rows.report,
-    )
+    return SFTDataset(**rows.tensors(), report=rows.report)
 
 
 def check_options(max_length: int, on_bad_row: str, function: str) -> None:
@@ -190,16 +182,11 @@ def check_options(max_length: int, on_bad_row: str, function: str) -> None:
         raise UserError(f"on_bad_row is {on_bad_row!r}; it must be 'error' or 'skip'")
 
 
-class TokenRows:
-    """Token rows one after another, and the report on how they came to be.
+class TokenRows(RowBuilder):
+    """The rows of a `SFTDataset` as they are made of records."""
 
-    Args:
-        report: counts what becomes of each record.
-    """
-
-    def __init__(self, report: DataReport) -> None:
-        self.report = report
-        self.tokens, self.is_target, self.offsets = array("i"), bytearray(), array("q", [0])
+    columns: ClassVar = {"tokens": Column("<i4"), "is_target": Column("?"), "offsets": Column("<i8", ends_in="tokens")}
+    report: DataReport
 
     def add(self, records: Sequence[Record], encoder: Encoder) -> None:
         """Tokenise records and make them fit; what the template refuses becomes a complaint."""
@@ -218,18 +205,8 @@ class TokenRows:
             report.longest = max(report.longest, len(row.ids))
             report.output_tokens += sum(flags)
             report.prompt_tokens += len(row.ids) - sum(flags)
-            self.tokens.extend(row.ids)
+            self.data["tokens"].extend(row.ids)
             begin = row.answers[0][0]  # behind BOS, if there is one, where the row has no prompt
             flags[0] = begin == 0 or (begin == 1 and row.ids[0] == encoder.bos_token_id)
-            self.is_target.extend(flags)
-            self.offsets.append(len(self.tokens))
-
-
-def _nothing_left(report: DataReport) -> str:
-    if report.dropped_too_long:
-        return (
-            f"{report.name}: no row is left to train on: {report.dropped_too_long} of {report.rows} rows have an "
-            f"output of more than max_length={report.max_length} tokens (the shortest needs "
-            f"{report.shortest_dropped}); raise max_length"
-        )
-    return describe_complaints(report.name, report.complaints, 0)
+            self.data["is_target"].extend(flags)
+            self.data["offsets"].append(len(self.data["tokens"]))

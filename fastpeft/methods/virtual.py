@@ -37,8 +37,7 @@ class Layout:
         Raises:
             UserError: rows of different numbers of texts.
         """
-        begins = torch.ones_like(position_ids, dtype=torch.bool)
-        begins[:, 1:] = position_ids.diff(dim=1) != 1
+        begins = _begins(position_ids)
         number = begins.long().cumsum(1)
         texts = number[:, -1]
         if bool((texts != texts[0]).any()):
@@ -51,6 +50,20 @@ class Layout:
         first = place[begins].view(len(place), -1, 1) - count
         virtual = (first + torch.arange(count, device=position_ids.device)).flatten(1)
         return cls(place, virtual, count)
+
+    @classmethod
+    def grown(cls, extra: int, length: int, mask: Tensor | None, position_ids: Tensor | None) -> Layout:
+        """The layout of a batch whose rows of some length came out longer.
+
+        Args:
+            extra: by how many tokens.
+            length: of the text.
+            mask: as it was given with the text.
+            position_ids: the same.
+        """
+        if position_ids is None or mask is not None:
+            return cls.plain(extra, length, torch.device("cpu"))  # `take` moves it
+        return cls.packed(extra // int(_begins(position_ids)[0].sum()), position_ids)
 
     def insert(self, text: Tensor, virtual: Tensor) -> Tensor:
         """Put a batch together.
@@ -85,5 +98,13 @@ class Layout:
 
     def take(self, outputs: Tensor) -> Tensor:
         """What belongs to the text of ``(b, t + s v, n)``."""
-        index = self.place.expand(outputs.shape[0], -1)[..., None].expand(-1, -1, outputs.shape[-1])
+        place = self.place.to(outputs.device)
+        index = place.expand(outputs.shape[0], -1)[..., None].expand(-1, -1, outputs.shape[-1])
         return outputs.gather(1, index)
+
+
+def _begins(position_ids: Tensor) -> Tensor:
+    """Where a text of a packed row begins."""
+    begins = torch.ones_like(position_ids, dtype=torch.bool)
+    begins[:, 1:] = position_ids.diff(dim=1) != 1
+    return begins

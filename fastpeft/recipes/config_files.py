@@ -191,13 +191,13 @@ _PEFT = {
 _RATES = {"lora": 2e-4, "qlora": 2e-4, "ia3": 5e-3, "prompt_tuning": 3e-2, "p_tuning": 1e-3, "adapter": 1e-4}
 _DATA = {
     "sft": """\
-  train: data/train.jsonl # rows of {"input", "output"}, {"prompt", "completion"} or {"messages"}
+  train: data/train.jsonl # {"input", "output"}, {"prompt", "completion"}, {"messages"}, Alpaca, ShareGPT or {"text"}
   # eval: data/validation.jsonl
   max_length: 1024 # tokens; a longer row loses the beginning of its prompt, never its answer
   # on_bad_row: skip # leave bad rows out and count them; error by default
 """,
     "reward": """\
-  train: data/pairs.jsonl # rows of {"prompt", "chosen", "rejected"} or {"prompt", "responses", "ranking"}
+  train: data/pairs.jsonl # {"prompt", "chosen", "rejected"}, or {"prompt", "responses"} with "ranking" or "scores"
   # eval: data/pairs_validation.jsonl
   max_length: 1024 # tokens of a prompt and its answer
 """,

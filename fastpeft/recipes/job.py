@@ -7,6 +7,7 @@ the trainer stands at its first step (`run_folder`).
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import transformers
 from torch import nn
 
-from fastpeft.data import leak_warning, split_dataset
+from fastpeft.data import MixedDataset, leak_warning, split_dataset
 from fastpeft.errors import UserError
 from fastpeft.methods import AdapterConfig, FullConfig, get_peft_model
 from fastpeft.methods.inject import plan_adapter
@@ -64,12 +65,14 @@ class Job:
     Args:
         build_dataset: makes a data set of a file, the tokenizer, ``max_length``, ``on_bad_row`` and ``name``; it has a
             ``report``.
+        cached_dataset: the same from a cache, ``cache_dir``.
         trainer: makes the trainer of a model and of transformers' arguments.
         adapt: puts the adapters into the model.
         check: looks at the settings before anything is loaded.
     """
 
     build_dataset: Callable[..., Any]
+    cached_dataset: Callable[..., Any]
     trainer: Callable[..., BaseTrainer]
     adapt: Callable[[nn.Module, RunConfig], nn.Module] = new_adapter
     check: Callable[[RunConfig], None] = lambda config: None
@@ -182,14 +185,16 @@ def _dataset(config: RunConfig, job: Job, key: str, tokenizer: transformers.PreT
             f"{config.peft.virtual_tokens} virtual tokens of peft.num_virtual_tokens leave {room} for the text; it "
             f"needs {_SHORTEST} or more"
         )
-    # Messages name the file as the user wrote it.
-    return job.build_dataset(
-        getattr(config.data, key),
-        tokenizer,
-        max_length=room,
-        on_bad_row=config.data.on_bad_row,
-        name=str(config.settings.values["data"][key]),
-    )
+    options: dict[str, Any] = {"max_length": room, "on_bad_row": config.data.on_bad_row}
+    build = functools.partial(job.build_dataset, **options)
+    if config.data.cache_dir is not None:
+        build = functools.partial(job.cached_dataset, cache_dir=config.data.cache_dir, **options)
+    source = getattr(config.data, key)
+    if not isinstance(source, list):
+        return build(source, tokenizer, name=str(config.settings.values["data"][key]))  # as the user wrote it
+    parts = [build(path, tokenizer) for path, _ in config.data.train_files]
+    shares = [weight for _, weight in config.data.train_files if weight is not None]
+    return MixedDataset.by_shares(parts, shares, config.train.args.seed) if shares else MixedDataset(parts)
 
 
 @contextmanager

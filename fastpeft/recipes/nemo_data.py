@@ -18,6 +18,7 @@ from fastpeft.recipes.sections import DataSection
 _TRAIN, _EVAL = "model.data.train_ds", "model.data.validation_ds"
 _PREFIX = "model.data.data_prefix"
 _PLAIN = "{input} {output}"
+_ROW_FIELDS = (("input", "output"), ("prompt", "completion"))  # rows of two keys, in `fastpeft.data.forms`
 
 
 def translate_data(nemo: NemoSettings) -> None:
@@ -104,27 +105,53 @@ def _translate_template(nemo: NemoSettings) -> None:
         return
     if not nemo.has(name):
         return
-    template, label = nemo.get(name), nemo.get(f"{_TRAIN}.label_key", "output")
-    fields = re.findall(r"\{(\w+)\}", template) if isinstance(template, str) else []
-    if fields != ["input", "output"] or label != "output" or not template.endswith("{output}"):
+    template = nemo.get(name)
+    fields = _template_fields(nemo, name)
+    if fields[1] in str(nemo.get(f"{_TRAIN}.truncation_field", "")).split(","):
+        raise nemo.refusal(
+            f"{_TRAIN}.truncation_field",
+            f"a row that is too long loses prompt here, never its answer; set it to {fields[0]}",
+        )
+    nemo.put("model.chat_template", "none" if template == _PLAIN else jinja_template(template, *fields), name)
+
+
+def _template_fields(nemo: NemoSettings, name: str) -> tuple[str, str]:
+    """The fields of prompt and answer in a ``prompt_template`` that can be followed.
+
+    Raises:
+        UserError: it cannot, which the message gives a reason for.
+    """
+    template, label_name = nemo.get(name), f"{_TRAIN}.label_key"
+    if not isinstance(template, str) or not (fields := re.findall(r"\{(\w+)\}", template)):
+        raise nemo.refusal(name, 'it takes text around the fields of a row, such as "{input} {output}"')
+    label = nemo.get(label_name, fields[-1])
+    if label != fields[-1] or not template.endswith(f"{{{label}}}"):
+        raise nemo.refusal(
+            name, f"the answer is what a model learns to write last, so {{{label}}} (label_key) has to end it"
+        )
+    if tuple(fields) not in _ROW_FIELDS:
+        known = " or ".join(" and ".join(f"{{{field}}}" for field in pair) for pair in _ROW_FIELDS)
         raise nemo.refusal(
             name,
-            "it takes the fields {input} and, last, {output} (label_key output); write rows of these two keys, with "
-            "what else the prompt is made of in 'input'",
+            f"rows are read by {known}, each once, and it has {', '.join(f'{{{field}}}' for field in fields)}; write "
+            f"rows with what stands before {{{label}}}, filled in, as 'input' and the answer as 'output', and set it "
+            "to {input}{output}",
         )
-    nemo.put("model.chat_template", "none" if template == _PLAIN else jinja_template(template), name)
+    return fields[0], fields[1]
 
 
-def jinja_template(template: str) -> str:
+def jinja_template(template: str, prompt: str = "input", answer: str = "output") -> str:
     """A chat template that lays a prompt and its answer out as NeMo's ``prompt_template`` does.
 
-    Spaces before ``{output}`` belong to the answer: a prompt that ends in one would be tokenised otherwise than with
+    White space before the answer belongs to it: a prompt that ends in a space would be tokenised otherwise than with
     the answer behind it.
 
     Args:
-        template: text with ``{input}`` and, last, ``{output}``.
+        template: text with the two fields in braces, the answer's last.
+        prompt: field of the prompt.
+        answer: field of the answer.
     """
-    before, _, between = template.removesuffix("{output}").partition("{input}")
+    before, _, between = template.removesuffix(f"{{{answer}}}").partition(f"{{{prompt}}}")
     kept = between.rstrip()
     parts = {name: json.dumps(text) for name, text in (("before", before), ("kept", kept))}
     space = json.dumps(between[len(kept) :])

@@ -11,7 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from fastpeft.data import build_preference_dataset, build_prompt_dataset
+from fastpeft.data import (
+    build_preference_dataset,
+    build_prompt_dataset,
+    cached_preference_dataset,
+    cached_prompt_dataset,
+)
 from fastpeft.errors import UserError
 from fastpeft.methods import FullConfig, PeftModel, get_peft_model
 from fastpeft.recipes.job import Job, new_adapter, run_job
@@ -51,7 +56,9 @@ def run_reward(config: RunConfig, say: Say = None) -> Path:
             return get_peft_model(attach_score(model, seed), _with_score(method))
         return get_reward_model(model, method, seed)  # type: ignore[arg-type]  # any with modules_to_save
 
-    return run_job(config, Job(build_preference_dataset, RewardTrainer, adapt, _check_reward), say)
+    return run_job(
+        config, Job(build_preference_dataset, cached_preference_dataset, RewardTrainer, adapt, _check_reward), say
+    )
 
 
 def run_dpo(config: RunConfig, say: Say = None) -> Path:
@@ -70,7 +77,9 @@ def run_dpo(config: RunConfig, say: Say = None) -> Path:
     def trainer(model: nn.Module, **given: Any) -> BaseTrainer:
         return DPOTrainer(model, **given)
 
-    return run_job(config, Job(build_preference_dataset, trainer, _with_reference, _check_dpo), say)
+    return run_job(
+        config, Job(build_preference_dataset, cached_preference_dataset, trainer, _with_reference, _check_dpo), say
+    )
 
 
 def run_ppo(config: RunConfig, say: Say = None) -> Path:
@@ -96,7 +105,7 @@ def run_ppo(config: RunConfig, say: Say = None) -> Path:
         return adapted
 
     trainer = functools.partial(PPOTrainer, reward_funcs=functions)
-    return run_job(config, Job(build_prompt_dataset, trainer, adapt, _check_ppo), say)
+    return run_job(config, Job(build_prompt_dataset, cached_prompt_dataset, trainer, adapt, _check_ppo), say)
 
 
 def run_config(config: RunConfig, say: Say = None) -> Path:

@@ -124,7 +124,7 @@ def check_settings(settings: Settings, kind: str = "sft") -> RunConfig:
 
     peft_section, model_config = read_peft(settings, peft, _model_config(settings, model))
     resume, overwrite = train.pop("resume", False), train.pop("overwrite", False)
-    data_section = _data_section(settings, data, kind)
+    data_section = _data_section(settings, data)
     if data_section.evaluates:
         train.setdefault("eval_strategy", "steps" if "eval_steps" in train else "epoch")
     args = _trainer_config(settings, train, data_section, *KINDS[kind])
@@ -160,14 +160,10 @@ def _nowhere(key: str) -> str:
     return ""
 
 
-def _data_section(settings: Settings, values: dict[str, Any], kind: str) -> DataSection:
+def _data_section(settings: Settings, values: dict[str, Any]) -> DataSection:
     if isinstance(values.get("cache_dir"), Path):
         values["cache_dir"] = values["cache_dir"].expanduser().absolute()
-        if kind != "sft":
-            raise UserError(f"{settings.origin('data', 'cache_dir')}: data.cache_dir is for fastpeft sft; leave it out")
     data = DataSection(**values)
-    if kind != "sft" and not isinstance(data.train, Path):
-        raise UserError(f"{settings.origin('data', 'train')}: several files are for fastpeft sft; join them into one")
     _check_eval(settings, data)
     return data
 

@@ -110,11 +110,11 @@ class DataSection:
     """The JSONL files and how rows become tokens.
 
     Args:
-        train: rows to train on; for ``fastpeft sft`` also several files, as a list of paths or of ``{path: a.jsonl,
-            weight: 0.7}``, where weights are the shares of an epoch's rows that come from each.
+        train: rows to train on; also several files, as a list of paths or of ``{path: a.jsonl, weight: 0.7}``, where
+            weights are the shares of an epoch's rows that come from each.
         eval: held-out rows for the evaluation loss, which is measured every epoch unless ``train`` says otherwise.
         eval_fraction: in place of ``eval``, the share of the training rows to hold out, rows of one prompt together.
-        cache_dir: a folder for tokens (``fastpeft sft``): made once by worker processes, then mapped into memory.
+        cache_dir: a folder for tokens: made once by worker processes, then mapped into memory.
         max_length: tokens a row may have; a longer row loses the start of its prompt, never of its answer.
         on_bad_row: "error" stops at rows that cannot be used, "skip" leaves them out and counts them.
     """

@@ -34,6 +34,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
+from fastpeft.data import ComputedShuffle, LengthGrouped
 from fastpeft.errors import UserError
 from fastpeft.optim import AdamW, AdamW8bit, PagedAdamW, PagedAdamW8bit
 from fastpeft.trainers import checkpoint
@@ -58,6 +59,7 @@ _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "paged_adamw": PagedAdamW,
     "paged_adamw_8bit": PagedAdamW8bit,
 }
+_MANY_ROWS = 1 << 22  # of more, a shuffle is computed and not stored: torch's takes 40 bytes a row
 _HOPELESS = 20  # skipped steps in a row after which a run is given up: it learns nothing
 
 
@@ -144,6 +146,18 @@ class BaseTrainer(Trainer):
     def default_collator(self) -> Callable[[list[Any]], dict[str, Tensor]]:
         """Give the function that makes a batch of a list of items."""
         raise NotImplementedError
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The order of the rows; see `fastpeft.data.order` for what is not transformers'."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        strategy, args = self.args.train_sampling_strategy, self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        if strategy == "group_by_length" and hasattr(dataset, "lengths"):
+            rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            return LengthGrouped(dataset.lengths, rows, seed)
+        if strategy == "random" and hasattr(dataset, "__len__") and len(dataset) > _MANY_ROWS:
+            return ComputedShuffle(len(dataset), seed)
+        return super()._get_train_sampler(train_dataset)
 
     def train(
         self,

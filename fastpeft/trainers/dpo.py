@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from fastpeft.data import PreferenceDataset
+from fastpeft.data import MixedDataset, PreferenceDataset
 from fastpeft.errors import UserError, did_you_mean
 from fastpeft.methods import LoraConfig, PeftModel, get_peft_model
 from fastpeft.trainers.forward import batch_hidden, role
@@ -231,11 +231,15 @@ class DPOTrainer(PreferenceTrainer):
         """Give a data set the reference's log-probabilities, from disk where they were computed before.
 
         Args:
-            dataset: a `PreferenceDataset`; None and one that has them already are passed over.
+            dataset: a `PreferenceDataset`, or a mixture of them; None and one that has them already are passed over.
         Raises:
             UserError: the data set is of another kind.
         """
         if dataset is None or (isinstance(dataset, PreferenceDataset) and dataset.has_reference):
+            return
+        if isinstance(dataset, MixedDataset):
+            for part in dataset.parts:
+                self.precompute_reference(part)
             return
         if not isinstance(dataset, PreferenceDataset):
             raise UserError(

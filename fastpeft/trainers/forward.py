@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastpeft.errors import UserError
 from fastpeft.methods import PeftModel
+from fastpeft.methods.virtual import Layout
 from fastpeft.nn import Adapted
 
 SCORE = "score"  # the name of a score layer, as in transformers' models for sequence classification
@@ -44,9 +45,9 @@ def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
 
     Args:
         model: a causal language model, or one for sequence classification, in whatever wraps it.
-        inputs: arguments of its forward.
+        inputs: arguments of its forward, ``input_ids`` ``(b, t)`` among them.
     Returns:
-        ``(b, t, k)``, what the output layer would have read.
+        ``(b, t, k)``, what the output layer would have read, without what belongs to an adapter's virtual tokens.
     """
     base = base_of(model)
     name = head_name(base)
@@ -58,7 +59,13 @@ def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
         base._modules[name] = head
     if keep.hidden is None:
         raise UserError(f"{type(base).__name__} did not call its output layer {name!r}; it cannot be trained here")
-    return keep.hidden
+    length = inputs["input_ids"].shape[1]
+    extra = keep.hidden.shape[1] - length
+    if not extra:
+        return keep.hidden
+    # Where the model takes no logits_to_keep, or packed rows differ in it, virtual tokens are taken from logits alone.
+    layout = Layout.grown(extra, length, inputs.get("attention_mask"), inputs.get("position_ids"))
+    return layout.take(keep.hidden)
 
 
 def head_name(base: nn.Module) -> str:

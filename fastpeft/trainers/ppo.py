@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from fastpeft.data import PreferenceCollator, PromptDataset, build_prompt_dataset, stop_token_ids
+from fastpeft.data import MixedDataset, PreferenceCollator, PromptDataset, build_prompt_dataset, stop_token_ids
 from fastpeft.errors import UserError
 from fastpeft.methods import LoraConfig, PeftModel, get_peft_model
 from fastpeft.models.decode import DecodeOptions
@@ -138,7 +138,7 @@ class PPOTrainer(BaseTrainer):
     def _check_context(self, model: nn.Module) -> None:
         limit = context_limit(model)
         needed = self.args.response_length
-        if isinstance(self.train_dataset, PromptDataset):
+        if isinstance(self.train_dataset, (PromptDataset, MixedDataset)):
             needed += self.train_dataset.report.longest
         if limit is not None and needed > limit:
             raise UserError(
@@ -150,12 +150,12 @@ class PPOTrainer(BaseTrainer):
 
     def prepare_dataset(self, source: Source | None, argument: str) -> Dataset[Any] | None:
         """Tokenise the prompts; the report on them is printed once."""
-        if source is None or isinstance(source, PromptDataset):
+        if source is None or isinstance(source, (PromptDataset, MixedDataset)):
             return source
         if isinstance(source, Dataset) or not isinstance(source, (str, Path, Iterable)) or isinstance(source, Mapping):
             raise UserError(
                 f"PPOTrainer: {argument} is a {type(source).__name__}; give the path of a JSONL file, a list of rows, "
-                "or a PromptDataset"
+                "a PromptDataset or a MixedDataset of them"
             )
         dataset = build_prompt_dataset(
             source,  # type: ignore[arg-type]

@@ -22,8 +22,6 @@ from transformers.trainer_utils import IntervalStrategy
 
 from fastpeft.data import (
     IGNORE_INDEX,
-    ComputedShuffle,
-    LengthGrouped,
     PackedDataset,
     SFTCollator,
     SFTDataset,
@@ -37,7 +35,6 @@ from fastpeft.trainers.config import BaseConfig
 from fastpeft.trainers.losses import token_nll
 from fastpeft.trainers.utilisation import Utilisation, causal_pairs
 
-_MANY_ROWS = 1 << 22  # of more, a shuffle is computed and not stored: torch's takes 40 bytes a row
 _SHORTEST = 8  # tokens; a row has at least a prompt, an answer and EOS
 
 _NOT_THE_MODELS = ("labels", "loss_positions", "num_tokens")  # what a batch has beside a model's arguments
@@ -164,18 +161,6 @@ class SFTTrainer(BaseTrainer):
         if self.args.progress and self.args.process_index == 0:
             print(packed.summary(), flush=True)
         return packed
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """The order of the rows; see `fastpeft.data.order` for what is not transformers'."""
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        strategy, args = self.args.train_sampling_strategy, self.args
-        seed = args.seed if args.data_seed is None else args.data_seed
-        if strategy == "group_by_length" and hasattr(dataset, "lengths"):
-            rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            return LengthGrouped(dataset.lengths, rows, seed)
-        if strategy == "random" and hasattr(dataset, "__len__") and len(dataset) > _MANY_ROWS:
-            return ComputedShuffle(len(dataset), seed)
-        return super()._get_train_sampler(train_dataset)
 
     def default_collator(self) -> SFTCollator:
         """Pad with the padding token, or with EOS: padding is masked, so any token would do."""

@@ -6,13 +6,26 @@ import json
 
 import pytest
 
-from fastpeft.data import build_sft_dataset, cached_sft_dataset, token_cache
+from fastpeft.data import (
+    build_preference_dataset,
+    build_prompt_dataset,
+    build_sft_dataset,
+    cached_preference_dataset,
+    cached_prompt_dataset,
+    cached_sft_dataset,
+    token_cache,
+)
 from fastpeft.errors import UserError
 
 ROWS = [
     {"input": f"please send {i} cups " * (1 + i % 9), "output": "" if i % 7 == 0 else f"to Rome {i}"}
     for i in range(150)
 ]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 @pytest.fixture
@@ -93,3 +106,48 @@ def test_bad_arguments(tmp_path, file, plain_tokenizer):
         cached_sft_dataset(tmp_path / "x.jsonl", plain_tokenizer, tmp_path)
     with pytest.raises(UserError, match="the cache of tokens cannot be written"):
         cached_sft_dataset(file, plain_tokenizer, file / "cache", workers=1)
+
+
+def test_comparisons_from_a_cache_are_those_without(tmp_path, chat_tokenizer, monkeypatch):
+    monkeypatch.setattr("fastpeft.data.parts._PART", 2000)
+    rows = [
+        {"prompt": f"send {i} cups " * (1 + i % 9), "chosen": "to Rome", "rejected": "no", "margin": 0.5 * i}
+        if i % 3
+        else {"prompt": f"the fox {i}", "responses": ["red dog", "lazy", "the"], "ranking": [2, 1, 1 + i % 2]}
+        for i in range(60)
+    ]
+    rows[7] = {"prompt": "the fox", "chosen": "red", "rejected": "red"}
+    path = write(tmp_path / "pairs.jsonl", rows)
+    plain = build_preference_dataset(path, chat_tokenizer, max_length=40)
+    cached = cached_preference_dataset(path, chat_tokenizer, tmp_path / "cache", max_length=40, workers=2)
+    assert list(cached) == list(plain) and cached.completion_counts == plain.completion_counts
+    assert list(cached.tokens()) == list(plain.tokens())
+    assert vars(cached.report) == vars(plain.report)
+    report = plain.report
+    assert report.cut_prompts and report.tied_pairs and report.equal_at == [f"{path}:8"]
+    assert {item["margins"] is None for item in plain} == {True, False}
+    few = cached.select([5, 2])
+    assert [item["prompt_ids"] for item in few] == [plain[5]["prompt_ids"], plain[2]["prompt_ids"]]
+    few.attach_reference([[0.0] * count for count in few.completion_counts])
+    assert few.has_reference and not cached.has_reference and few[1]["index"] == 1
+
+
+def test_prompts_from_a_cache_are_those_without(tmp_path, plain_tokenizer, monkeypatch):
+    monkeypatch.setattr("fastpeft.data.parts._PART", 500)
+    rows = [{"prompt": "the fox " * (1 + i % 4), "answer": i, "known": {"x": [None, 1.5, "ü"]}} for i in range(40)]
+    path = write(tmp_path / "prompts.jsonl", rows)
+    plain = build_prompt_dataset(path, plain_tokenizer, max_length=7)
+    cached = cached_prompt_dataset(path, plain_tokenizer, tmp_path / "cache", max_length=7, workers=2)
+    assert list(cached) == list(plain) and vars(cached.report) == vars(plain.report)
+    assert plain.report.dropped_too_long == 10 and plain[1]["columns"] == {"answer": 1, "known": rows[1]["known"]}
+    assert list(cached.select([3])) == [plain[3]]
+
+
+def test_a_cache_keeps_kinds_of_rows_apart(tmp_path, plain_tokenizer):
+    """The same file as prompts and as examples: other rows, and no folder of the one is taken for the other's."""
+    path = write(tmp_path / "rows.jsonl", [{"input": "the fox", "output": "red"}])
+    for _ in range(2):
+        (row,) = cached_sft_dataset(path, plain_tokenizer, tmp_path / "cache", max_length=64, workers=1)
+        (prompt,) = cached_prompt_dataset(path, plain_tokenizer, tmp_path / "cache", max_length=64, workers=1)
+        assert len(row["input_ids"]) > len(prompt["input_ids"]) and prompt["prompt"] == "the fox"
+    assert len(list((tmp_path / "cache").iterdir())) == 2

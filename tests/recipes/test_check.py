@@ -177,9 +177,3 @@ def test_a_run_with_a_cache_learns_the_same(job):
         losses.append([line["loss"] for line in lines if "loss" in line])
     assert losses[0] == losses[1] == losses[2]
     assert len(list((job / "cache").iterdir())) == 1
-
-
-def test_a_cache_is_for_sft(job, write_rows):
-    write_rows(job / "train.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    with pytest.raises(UserError, match=r"data\.cache_dir is for fastpeft sft; leave it out"):
-        load_config(job / "job.yaml", ["data.cache_dir=cache"], kind="reward")

@@ -123,8 +123,11 @@ def test_from_nemo_to_answers(nemo: Path, capsys: pytest.CaptureFixture[str]) ->
     assert run("sft", "out/config.yaml", "train.overwrite=true") == 0, "a translated run is a run like any other"
 
 
-def test_the_template_of_a_file_is_that_of_generation(nemo: Path) -> None:
-    config = load_nemo("nemo.yaml", ['model.data.train_ds.prompt_template="Q: {input}\\n\\nA: {output}"']).config
+@pytest.mark.parametrize("fields", [("input", "output"), ("prompt", "completion")])
+def test_the_template_of_a_file_is_that_of_generation(nemo: Path, fields: tuple[str, str]) -> None:
+    template = f'"Q: {{{fields[0]}}}\\n\\nA: {{{fields[1]}}}"'
+    label = f"model.data.train_ds.label_key={fields[1]}"
+    config = load_nemo("nemo.yaml", [f"model.data.train_ds.prompt_template={template}", label]).config
     tokenizer = load_tokenizer(config.model)
     turns = [{"role": "user", "content": "Hi {there}"}, {"role": "assistant", "content": "Yo"}]
     assert tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True) == "Q: Hi {there}\n\nA:"
@@ -342,8 +345,19 @@ def test_the_shorter_of_steps_and_epochs_ends_the_run(nemo: Path) -> None:
         (["model.data.train_ds.add_eos=false"], "an answer ends with EOS here"),
         (["model.answer_only_loss=false"], "model.answer_only_loss is false; the loss is on answers alone here"),
         (
-            ["model.data.train_ds.prompt_template='{question} {answer}'"],
-            "model.data.train_ds.prompt_template is '{question} {answer}' (text); it takes the fields {input} and",
+            ["model.data.train_ds.prompt_template='{question} {answer}'", "model.data.train_ds.label_key=answer"],
+            "prompt_template is '{question} {answer}' (text); rows are read by {input} and {output} or "
+            "{prompt} and {completion}, each once, and it has {question}, {answer}; write rows with what stands",
+        ),
+        (
+            ["model.data.train_ds.prompt_template='{input} {output}'", "model.data.train_ds.label_key=answer"],
+            "so {answer} (label_key) has to end it",
+        ),
+        (["model.data.train_ds.prompt_template='{input} {output}.'"], "so {output} (label_key) has to end it"),
+        (["model.data.train_ds.prompt_template='Answer:'"], 'such as "{input} {output}"'),
+        (
+            ["model.data.train_ds.truncation_field=output", "model.data.train_ds.prompt_template='{input} {output}'"],
+            "loses prompt here, never its answer; set it to input",
         ),
         (["~trainer.max_steps"], "neither trainer.max_steps nor trainer.max_epochs says how long to train"),
         (["~trainer.max_stepz"], "override '~trainer.max_stepz': there is no such key to take out"),

@@ -206,3 +206,25 @@ def test_what_a_method_cannot_do(rl_job: Path, kind: str, options: list[str], me
     with pytest.raises(UserError) as caught:
         {"dpo": run_dpo, "ppo": run_ppo}[kind](config)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("kind", ["reward", "dpo", "ppo"])
+def test_several_files_with_weights_from_a_cache(rl_job: Path, write_rows, kind: str) -> None:
+    """The rows and the losses are those without a cache, and weights are shares of the rows."""
+    name = "prompts" if kind == "ppo" else "pairs"
+    lines = [json.loads(line) for line in (rl_job / f"{name}.jsonl").read_text().splitlines()]
+    write_rows(rl_job / "one.jsonl", lines[:2])
+    write_rows(rl_job / "two.jsonl", lines[2:])
+    options = [*PPO, "reward={function: 'rules.py:brief'}"] if kind == "ppo" else ["train.max_steps=2"]
+    if kind == "dpo":
+        options.append("train.precompute_ref_log_probs=true")
+    options.append("data.train=[{path: one.jsonl, weight: 0.75}, {path: two.jsonl, weight: 0.25}]")
+    losses = []
+    for folder, extra in (("out1", []), ("out2", ["data.cache_dir=cache"]), ("out3", ["data.cache_dir=cache"])):
+        said: list[str] = []
+        config = load_config(rl_job / "job.yaml", [*options, *extra, f"train.output_dir={folder}"], kind=kind)
+        {"reward": run_reward, "dpo": run_dpo, "ppo": run_ppo}[kind](config, said.append)
+        assert any(f"6 of {rl_job / 'one.jsonl'}, 2 of {rl_job / 'two.jsonl'}" in line for line in said)
+        losses.append([row["loss"] for row in metrics(rl_job / folder) if "loss" in row])
+    assert losses[0] == losses[1] == losses[2] != []
+    assert len(list((rl_job / "cache").iterdir())) == 2

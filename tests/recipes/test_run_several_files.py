@@ -58,8 +58,6 @@ def test_lists_that_are_none(two_files, train, words):
     assert words in str(caught.value)
 
 
-def test_where_several_files_do_not_go(two_files):
+def test_a_fraction_is_for_one_file(two_files):
     with pytest.raises(UserError, match=r"data\.eval_fraction is for one file"):
         load_config(two_files / "job.yaml", ["data.train=[one.jsonl]", "data.eval_fraction=0.5"])
-    with pytest.raises(UserError, match="several files are for fastpeft sft"):
-        load_config(two_files / "job.yaml", ["data.train=[one.jsonl]"], kind="reward")

@@ -6,7 +6,7 @@ import pytest
 from trainers.tiny import assert_equal_weights, losses_of, weights_of
 
 from fastpeft.data import MixedDataset, build_sft_dataset
-from fastpeft.trainers import sft
+from fastpeft.trainers import base
 
 
 @pytest.mark.parametrize("order", ["computed", "grouped", "mixed"])
@@ -14,7 +14,7 @@ def test_resume_in_the_middle_of_a_later_epoch_is_exact(make_trainer, monkeypatc
     """22 rows in batches of 4: step 8 is the second of the second epoch."""
     options = {"max_steps": 11}
     if order == "computed":
-        monkeypatch.setattr(sft, "_MANY_ROWS", 10)
+        monkeypatch.setattr(base, "_MANY_ROWS", 10)
     elif order == "grouped":
         options["train_sampling_strategy"] = "group_by_length"
     else:
@@ -31,7 +31,7 @@ def test_resume_in_the_middle_of_a_later_epoch_is_exact(make_trainer, monkeypatc
 
 
 def test_epochs_differ(make_trainer, monkeypatch):
-    monkeypatch.setattr(sft, "_MANY_ROWS", 10)
+    monkeypatch.setattr(base, "_MANY_ROWS", 10)
     trainer = make_trainer(max_steps=12, learning_rate=0.0)
     trainer.train()
     losses = losses_of(trainer)
