@@ -171,14 +171,14 @@ def run_ppo(options: argparse.Namespace, folder: str) -> None:
         args = PPOConfig(
             output_dir=f"{folder}/{seed}",
             max_steps=options.steps,
-            per_device_train_batch_size=32,
+            per_device_train_batch_size=options.batch,
             response_length=40,
             temperature=1.0,
             num_ppo_epochs=2,
             num_mini_batches=2,
             learning_rate=options.learning_rate,
             lr_scheduler_type="constant",
-            kl_coef=0.02,
+            kl_coef=options.kl_coef,
             target_kl=12.0,
             missing_eos_penalty=0.25,
             logging_steps=1,
@@ -230,6 +230,8 @@ def main() -> None:
     dpo.add_argument("--accelerate", action="store_true", help="fused blocks, as fastpeft dpo has them on a GPU")
     dpo.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of model and compute")
     dpo.add_argument("--batch", type=int, default=8, help="pairs of a step")
+    ppo.add_argument("--batch", type=int, default=64, help="prompts of an update")
+    ppo.add_argument("--kl-coef", type=float, default=0.03, help="at the beginning; it adapts to a KL of 12")
     dpo.add_argument("--held-out", type=int, default=200, help="rows at the end of the file that are not trained on")
     ppo.add_argument("--seeds", type=int, default=5, help="how many, one after another")
     for command in (dpo, ppo):

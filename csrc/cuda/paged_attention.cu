@@ -2,10 +2,12 @@
 //
 // Layout   k_pages, v_pages [pages, kv_heads, page_size, dim]; a token's row of a head is 16-byte packs
 // Plan     A block has one row, one head of k with up to kGroup heads of q, and one part of the row's tokens; so keys
-//          and values are read once. kLanes lanes share a token, a pack each; so a warp reads 32 / kLanes
-//          tokens an instruction, and has kAtOnce of them under way, keys and values both. Each group of lanes keeps a
-//          softmax of its own, without a barrier in the loop; groups, then warps, then parts are summed at the end, in
-//          a fixed order. The part with the last token writes the new key and value to their page before it reads it.
+//          and values are read once. kLanes lanes share a token, a pack each; so a warp reads 32 / kLanes tokens an
+//          instruction, and has two rounds of kAtOnce of them under way, keys and values both: each lane copies what it
+//          will read itself into shared memory (cp.async), which costs no registers and needs no barrier. Each group of
+//          lanes keeps a softmax of its own; groups, then warps, then parts are summed at the end, in a fixed order.
+//          The heads of q and the new key are rotated once a block. The part with the last token takes the new key and
+//          value from there, and writes them to their page for the next steps.
 //          Tokens are cut into parts here, by the row's length, since a captured graph is replayed with any length.
 // Limits   dim is whole packs of 16 bytes, at most 32: 256 elements, of float32 128.
 // Source   parts and their sum: Dao et al., "Flash-Decoding for long-context inference", 2023; online softmax: Milakov
@@ -53,11 +55,11 @@ struct Weights {
 
 // Element i of a head, rotated and rounded, to the bits of rope.cu. `x` is the head as it came.
 template <typename T>
-__device__ float rotated(const float* x, int i, int rotary, const T* cos, const T* sin) {
+__device__ float rotated(const float* x, int i, int rotary, const float* cos, const float* sin) {
   const int half = rotary / 2;
   if (i >= rotary) return x[i];
   const float other = i < half ? -x[i + half] : x[i - half];
-  return to_float(from_float<T>(fmaf(x[i], to_float(cos[i]), __fmul_rn(other, to_float(sin[i])))));
+  return to_float(from_float<T>(fmaf(x[i], cos[i], __fmul_rn(other, sin[i]))));
 }
 
 // --- sums of parts ---------------------------------------------------------------------------------------------------
@@ -73,11 +75,13 @@ __device__ void sum_parts(const PagedAttentionArgs& args, int64_t row, int first
   for (int i = threadIdx.x; i < heads * dim; i += kThreads) {
     const int head = first_head + i / dim, column = i % dim;
     float max = -INFINITY, sum = 0.0f, value = 0.0f;
+#pragma unroll 4
     for (int part = 0; part < used; ++part) {
       const float* from = part_of(args, row, head, part);
-      const Weights weights(max, __ldcg(from + dim));
-      sum = sum * weights.first + __ldcg(from + dim + 1) * weights.second;
-      value = value * weights.first + __ldcg(from + column) * weights.second;
+      const float part_max = __ldcg(from + dim), part_sum = __ldcg(from + dim + 1), part_value = __ldcg(from + column);
+      const Weights weights(max, part_max);
+      sum = sum * weights.first + part_sum * weights.second;
+      value = value * weights.first + part_value * weights.second;
       max = weights.max;
     }
     static_cast<T*>(args.out)[(row * args.heads + head) * dim + column] = from_float<T>(value / sum);
@@ -86,13 +90,32 @@ __device__ void sum_parts(const PagedAttentionArgs& args, int64_t row, int first
 
 // --- kernel ----------------------------------------------------------------------------------------------------------
 
+constexpr int kRounds = 2;  // under way
+template <int kGroup>
+constexpr int kAtOnce = kGroup == 8 ? 2 : 4;
+
+// Shared memory: floats for the heads of q and the new key as they came, then rotated, the new value, cos and sin; then
+// what is under way, and in the same place the sums of warps.
+template <int kGroup>
+constexpr int prologue_floats(int dim) {
+  return (2 * (kGroup + 1) + 3) * dim;
+}
+template <int kGroup>
+constexpr int under_way_bytes() {
+  return kRounds * kAtOnce<kGroup> * 2 * kThreads * 16;
+}
+template <int kGroup>
+constexpr int shared_bytes(int dim) {
+  const int sums = 4 * kWarps * kGroup * dim;
+  return 4 * prologue_floats<kGroup>(dim) + (sums > under_way_bytes<kGroup>() ? sums : under_way_bytes<kGroup>());
+}
+
 template <typename T, int kLanes, int kGroup>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kGroup == 8 ? 2 : 4)
     paged_attention_kernel(const __grid_constant__ PagedAttentionArgs args, const __grid_constant__ Cut cut) {
   constexpr int kSide = 32 / kLanes;  // tokens side by side in a warp
-  constexpr int kAtOnce = kGroup == 8 ? 2 : 4;
-  constexpr int kN = kEach<T>;
-  extern __shared__ float shared[];  // [kGroup + 1, dim] of q and the new k; then [kWarps, kGroup, dim] of sums
+  constexpr int kN = kEach<T>, kTokens = kAtOnce<kGroup>, kStride = kWarps * kSide;
+  extern __shared__ __align__(16) float shared[];
   __shared__ float warp_max[kWarps][kGroup], warp_sum[kWarps][kGroup];
   __shared__ bool is_last;
   let_next_kernel_start();
@@ -116,101 +139,167 @@ __global__ void __launch_bounds__(kThreads)
   const int part_tokens = (wanted + kPagedPartTokens - 1) / kPagedPartTokens * kPagedPartTokens;
   const int used = (tokens - oldest + part_tokens - 1) / part_tokens;
   if (part >= used) return;
-  const int begin = oldest + part * part_tokens, end = min(tokens, begin + part_tokens);
+  const bool joins = part == used - 1;  // the new token
+  const int begin = oldest + part * part_tokens, end = min(length, begin + part_tokens);
 
   const int32_t* table = args.table + row * args.row_pages;
   const auto place = [&](int token) {
     const int64_t page = table[token >> cut.page_shift];
     return (((page * args.kv_heads + kv_head) << cut.page_shift) + (token & ((1 << cut.page_shift) - 1))) * dim;
   };
-  const T* k_pages = static_cast<const T*>(args.k_pages);
-  const T* v_pages = static_cast<const T*>(args.v_pages);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, side = lane / kLanes, column = lane % kLanes * kN;
+  const int first_token = begin + warp * kSide + side;
 
-  // The heads of q, and the new key, as they came.
-  const T* cos = static_cast<const T*>(args.cos) + row * rotary;
-  const T* sin = static_cast<const T*>(args.sin) + row * rotary;
-  const T* q_row = static_cast<const T*>(args.q.values) + row * args.q.row_stride + first_head * args.q.head_stride;
-  for (int i = threadIdx.x; i < heads * dim; i += kThreads)
-    shared[i] = to_float(q_row[i / dim * args.q.head_stride + i % dim]);
-  const bool joins = end == tokens;
-  float* new_k = shared + kGroup * dim;
-  if (joins) {
+  // Keys and values of a round, each lane its own packs.
+  float* after_prologue = shared + prologue_floats<kGroup>(dim);
+  uint4* under_way = reinterpret_cast<uint4*>(after_prologue) + threadIdx.x;
+  const auto slot = [&](int round, int i, int of_v) {
+    return under_way + ((round % kRounds * kTokens + i) * 2 + of_v) * kThreads;
+  };
+  const auto fetch = [&](int round) {
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      const int token = first_token + (round * kTokens + i) * kStride;
+      if (token < end && column < dim) {
+        const int64_t from = place(token) + column;
+        copy_async_16(smem_address(slot(round, i, 0)), static_cast<const T*>(args.k_pages) + from);
+        copy_async_16(smem_address(slot(round, i, 1)), static_cast<const T*>(args.v_pages) + from);
+      }
+    }
+    commit_async();
+  };
+#pragma unroll
+  for (int round = 0; round < kRounds; ++round) fetch(round);
+
+  // The heads of q, the new key and value, and the angles, as they came; then rotated.
+  float *came = shared, *turned = came + (kGroup + 1) * dim, *new_v = turned + (kGroup + 1) * dim;
+  float *cos = new_v + dim, *sin = cos + dim;
+  {
+    const T* q = static_cast<const T*>(args.q.values) + row * args.q.row_stride + first_head * args.q.head_stride;
     const T* k = static_cast<const T*>(args.k.values) + row * args.k.row_stride + kv_head * args.k.head_stride;
-    for (int i = threadIdx.x; i < dim; i += kThreads) new_k[i] = to_float(k[i]);
-  }
-  __syncthreads();
-  if (joins) {
     const T* v = static_cast<const T*>(args.v.values) + row * args.v.row_stride + kv_head * args.v.head_stride;
-    const int64_t to = place(length);
+#pragma unroll 8
+    for (int i = threadIdx.x; i < heads * dim; i += kThreads) {
+      came[i] = to_float(q[i / dim * args.q.head_stride + i % dim]);
+    }
     for (int i = threadIdx.x; i < dim; i += kThreads) {
-      static_cast<T*>(args.k_pages)[to + i] = from_float<T>(rotated(new_k, i, rotary, cos, sin));
-      static_cast<T*>(args.v_pages)[to + i] = v[i];
+      came[kGroup * dim + i] = to_float(k[i]), new_v[i] = to_float(v[i]);
+      if (i < rotary) {
+        cos[i] = to_float(static_cast<const T*>(args.cos)[row * rotary + i]);
+        sin[i] = to_float(static_cast<const T*>(args.sin)[row * rotary + i]);
+      }
     }
   }
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, side = lane / kLanes, column = lane % kLanes * kN;
+  __syncthreads();
+  for (int i = threadIdx.x; i < heads * dim; i += kThreads) {
+    turned[i] = rotated<T>(came + i / dim * dim, i % dim, rotary, cos, sin) * cut.score_scale;
+  }
+  if (joins) {
+    const int64_t to = place(length);
+    for (int i = threadIdx.x; i < dim; i += kThreads) {
+      const float x = rotated<T>(came + kGroup * dim, i, rotary, cos, sin);
+      turned[kGroup * dim + i] = x;
+      static_cast<T*>(args.k_pages)[to + i] = from_float<T>(x);
+      static_cast<T*>(args.v_pages)[to + i] = from_float<T>(new_v[i]);
+    }
+  }
+  __syncthreads();
   float q[kGroup][kN];
 #pragma unroll
   for (int head = 0; head < kGroup; ++head) {
 #pragma unroll
-    for (int i = 0; i < kN; ++i) {
-      const int at = column + i;
-      const bool is_there = head < heads && at < dim;
-      q[head][i] = is_there ? rotated(shared + head * dim, at, rotary, cos, sin) * cut.score_scale : 0.0f;
-    }
+    for (int i = 0; i < kN; ++i) q[head][i] = head < heads && column < dim ? turned[head * dim + column + i] : 0.0f;
   }
-  __syncthreads();  // the new key and value are in their page; shared memory is free
 
   Softmax softmax[kGroup];
   float sums[kGroup][kN] = {};
-#pragma unroll 1
-  for (int base = begin + warp * kSide; base < end; base += kWarps * kSide * kAtOnce) {
-    Pack<T, kN> k[kAtOnce], v[kAtOnce];
-    bool is_token[kAtOnce];
+  // The score of a token, before its maximum is known; in all lanes of a group.
+  const auto score_of = [&](const float(&k)[kN], int head) {
+    float score = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int token = base + i * kWarps * kSide + side;
-      is_token[i] = token < end;
-      const int64_t from = place(is_token[i] ? token : begin) + column;
-      const bool is_wanted = is_token[i] && column < dim;
-      k[i] = load_pack_if<T, kN>(is_wanted, k_pages + from);
-      v[i] = load_pack_if<T, kN>(is_wanted, v_pages + from);
+    for (int j = 0; j < kN; ++j) score += q[head][j] * k[j];
+#pragma unroll
+    for (int distance = kLanes / 2; distance > 0; distance /= 2) score += __shfl_xor_sync(~0u, score, distance);
+    if (args.softcap > 0) {
+      const float cap = static_cast<float>(args.softcap);
+      score = cap * tanhf(score / cap) * kLog2E;
     }
-    float scores[kAtOnce][kGroup];
+    return score;
+  };
+  // Makes room for scores up to `max`.
+  const auto raise = [&](int head, float max) {
+    const Weights weights(softmax[head].max, max);
+    softmax[head].max = weights.max, softmax[head].sum *= weights.first;
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
+    for (int j = 0; j < kN; ++j) sums[head][j] *= weights.first;
+    return weights.max == -INFINITY ? 0.0f : weights.max;
+  };
+  const auto unpack = [](const uint4& from, float(&to)[kN]) {
+    const T* values = reinterpret_cast<const T*>(&from);
+#pragma unroll
+    for (int j = 0; j < kN; ++j) to[j] = to_float(values[j]);
+  };
+  const int rounds = (end - begin + kStride * kTokens - 1) / (kStride * kTokens);
+#pragma unroll 1
+  for (int round = 0; round < rounds; ++round) {
+    wait_async<kRounds - 1>();
+    float scores[kTokens][kGroup];
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      const bool is_token = first_token + (round * kTokens + i) * kStride < end;
+      float k[kN];
+      unpack(is_token && column < dim ? *slot(round, i, 0) : uint4{}, k);
 #pragma unroll
       for (int head = 0; head < kGroup; ++head) {
-        float score = 0.0f;
-#pragma unroll
-        for (int j = 0; j < kN; ++j) score += q[head][j] * to_float(k[i].values[j]);
-#pragma unroll
-        for (int distance = kLanes / 2; distance > 0; distance /= 2) score += __shfl_xor_sync(~0u, score, distance);
-        if (args.softcap > 0) {
-          const float cap = static_cast<float>(args.softcap);
-          score = cap * tanhf(score / cap) * kLog2E;
-        }
-        scores[i][head] = is_token[i] ? score : -INFINITY;
+        const float score = score_of(k, head);
+        scores[i][head] = is_token ? score : -INFINITY;
       }
     }
 #pragma unroll
     for (int head = 0; head < kGroup; ++head) {
       float max = scores[0][head];
 #pragma unroll
-      for (int i = 1; i < kAtOnce; ++i) max = fmaxf(max, scores[i][head]);
-      const Weights weights(softmax[head].max, max);
-      const float shift = weights.max == -INFINITY ? 0.0f : weights.max;
-      softmax[head].max = weights.max, softmax[head].sum *= weights.first;
+      for (int i = 1; i < kTokens; ++i) max = fmaxf(max, scores[i][head]);
+      const float shift = raise(head, max);
 #pragma unroll
-      for (int j = 0; j < kN; ++j) sums[head][j] *= weights.first;
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const float weight = exp2f(scores[i][head] - shift);
-        softmax[head].sum += weight;
-#pragma unroll
-        for (int j = 0; j < kN; ++j) sums[head][j] += weight * to_float(v[i].values[j]);
+      for (int i = 0; i < kTokens; ++i) {
+        scores[i][head] = exp2f(scores[i][head] - shift);
+        softmax[head].sum += scores[i][head];
       }
     }
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      const bool is_token = first_token + (round * kTokens + i) * kStride < end;
+      float v[kN];
+      unpack(is_token && column < dim ? *slot(round, i, 1) : uint4{}, v);
+#pragma unroll
+      for (int head = 0; head < kGroup; ++head) {
+#pragma unroll
+        for (int j = 0; j < kN; ++j) sums[head][j] += scores[i][head] * v[j];
+      }
+    }
+    fetch(round + kRounds);
   }
+  if (joins && warp == 0) {  // the new token, by the first group of lanes
+    float k[kN], v[kN];
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+      k[j] = column < dim ? turned[kGroup * dim + column + j] : 0.0f;
+      v[j] = column < dim ? new_v[column + j] : 0.0f;
+    }
+#pragma unroll
+    for (int head = 0; head < kGroup; ++head) {
+      const float score = score_of(k, head);
+      const float shift = raise(head, side == 0 ? score : -INFINITY);
+      const float weight = side == 0 ? exp2f(score - shift) : 0.0f;
+      softmax[head].sum += weight;
+#pragma unroll
+      for (int j = 0; j < kN; ++j) sums[head][j] += weight * v[j];
+    }
+  }
+  wait_async<0>();
+  __syncthreads();  // what was under way is read: its place takes the sums
+  float* of_warps = after_prologue;
 
   // Groups of lanes, then warps.
 #pragma unroll
@@ -232,7 +321,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int j = 0; j < kN; ++j) {
         const int at = column + j;
-        if (at < dim) shared[(warp * kGroup + head) * dim + at] = sums[head][j];
+        if (at < dim) of_warps[(warp * kGroup + head) * dim + at] = sums[head][j];
       }
     }
   }
@@ -244,7 +333,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int other = 0; other < kWarps; ++other) {
       const Weights weights(max, warp_max[other][head]);
       sum = sum * weights.first + warp_sum[other][head] * weights.second;
-      value = value * weights.first + shared[(other * kGroup + head) * dim + at] * weights.second;
+      value = value * weights.first + of_warps[(other * kGroup + head) * dim + at] * weights.second;
       max = weights.max;
     }
     if (used == 1) {
@@ -275,12 +364,11 @@ template <typename T, int kLanes, int kGroup>
 void launch_group(const PagedAttentionArgs& args, const Cut& cut, const Context& context) {
   const int64_t blocks = args.rows * cut.blocks * cut.parts;
   check(blocks <= INT32_MAX, "paged_attention: ", args.rows, " rows of ", args.heads, " heads are too many");
-  const int rows_shared = kWarps * kGroup > kGroup + 1 ? kWarps * kGroup : kGroup + 1;
   launch([&] { return concat("paged_attention of ", args.rows, " rows of ", args.heads, " heads of ", args.dim); },
          paged_attention_kernel<T, kLanes, kGroup>,
          Grid{.blocks = static_cast<unsigned>(blocks),
               .threads = kThreads,
-              .smem_bytes = static_cast<unsigned>(4 * rows_shared * args.dim),
+              .smem_bytes = static_cast<unsigned>(shared_bytes<kGroup>(static_cast<int>(args.dim))),
               .overlap_launch = device_limits().wgmma},
          context, args, cut);
 }
