@@ -96,6 +96,53 @@ def test_what_is_not_run_is_in_a_page() -> None:
         assert any(line.startswith(known) for line in said), f"no page says {known!r} any more"
 
 
+_DEFAULT = re.compile(r"`(?P<text>[^`]+)`|(?P<word>true|false|none)|(?P<number>-?[\d.]+(e-?\d+)?)")
+_WORDS = {"true": True, "false": False, "none": None}
+
+
+def stated_defaults(page: Path) -> Iterator[tuple[str, object]]:
+    """Keys of a run and the defaults that a page's tables state, where these are values and not words."""
+    for table in re.findall(r"^\| [^|]+ \| default \|.*\n\| ---.*\n((?:\|.*\n)+)", page.read_text(), flags=re.M):
+        for row in table.splitlines():
+            keys, defaults = (cell.strip() for cell in row.split("|")[1:3])
+            section = ""
+            for key, default in zip(re.findall(r"`([\w.]+)(?:: [^`]*)?`", keys), defaults.split(", "), strict=False):
+                section = key.rpartition(".")[0] or section
+                if (found := _DEFAULT.fullmatch(default)) is None:
+                    continue
+                value = float(found["number"]) if found["number"] else _WORDS.get(found["word"], found["text"])
+                yield f"{section}.{key.rpartition('.')[2]}", value
+
+
+# What stands beside keys of a run; decoding.md has options of a command, which --help says.
+_WITH_DEFAULTS = [page for page in DOCS if "| default |" in page.read_text() and page.stem != "decoding"]
+
+
+@pytest.mark.parametrize("page", _WITH_DEFAULTS, ids=lambda page: page.stem)
+def test_stated_defaults_are_those_of_the_settings(page: Path, tmp_path: Path) -> None:
+    from fastpeft.methods import LoraConfig, PromptEncoderConfig, PromptTuningConfig
+    from fastpeft.recipes.sections import KINDS, DataSection, ModelConfig, PeftSection
+
+    kind = KINDS.get(page.stem, KINDS["sft"])[0]
+    prompts = vars(PromptTuningConfig()) | vars(PromptEncoderConfig())
+    homes = {
+        "model": vars(ModelConfig("")),
+        "peft": vars(PeftSection()),
+        "data": vars(DataSection(Path())),
+        "train": vars(kind(output_dir=str(tmp_path), use_cpu=True)) | {"resume": False, "overwrite": False},
+        "": prompts if page.stem == "p-tuning" else vars(LoraConfig()),
+    }
+    stated = list(stated_defaults(page))
+    assert len(stated) > 4, f"{page.name}: its table of defaults is not understood"
+    wrong = [
+        f"{key} is {homes[section][name]!r}, and {page.name} says {value!r}"
+        for key, value in stated
+        for section, _, name in [key.rpartition(".")]
+        if homes[section][name] != value
+    ]
+    assert not wrong
+
+
 def messages() -> Iterator[str]:
     """Every text in the package's code, with "..." for what is filled in."""
     for file in (ROOT / "fastpeft").rglob("*.py"):
