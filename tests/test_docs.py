@@ -17,10 +17,14 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from pages import DOCS, NOT_RUN, PAGES, README, ROOT, Reader, anchors, blocks, commands, links
+import typer
+from pages import DOCS, NOT_RUN, PAGES, README, ROOT, Reader, anchors, blocks, commands, links, prose
 from tiny_smollm2 import write_package
+
+from fastpeft.cli import app
 
 _ROWS = 100
 
@@ -82,6 +86,22 @@ def test_make_targets_exist(page: Path) -> None:
     for target in {first or second for first, second in targets}:
         command = ["make", "--dry-run", "--directory", str(ROOT), target]
         assert subprocess.run(command, capture_output=True).returncode == 0, f"{page.name} names 'make {target}'"
+
+
+def options(command: Any) -> Iterator[str]:
+    """Every option of a command and of those under it."""
+    for parameter in command.params:
+        yield from parameter.opts
+    for under in getattr(command, "commands", {}).values():
+        yield from options(under)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_options_that_are_named_exist(page: Path) -> None:
+    known = set(options(typer.main.get_command(app)))
+    for code in re.findall(r"`([^`\n]+)`", prose(page)):
+        for option in [] if code.startswith(tuple(NOT_RUN)) else re.findall(r"(?<!\S)--[a-z][a-z-]*", code):
+            assert option in known, f"{page.name} names {option}"
 
 
 def test_what_is_not_run_is_in_a_page() -> None:
