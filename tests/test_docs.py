@@ -163,6 +163,28 @@ def test_stated_defaults_are_those_of_the_settings(page: Path, tmp_path: Path) -
     assert not wrong
 
 
+def test_keys_of_nemo_and_of_runs_are_known() -> None:
+    from fastpeft.recipes import nemo_keys
+    from fastpeft.recipes.peft_section import METHODS
+    from fastpeft.recipes.schema import section_tables
+    from fastpeft.recipes.sections import KINDS
+    from fastpeft.recipes.yaml_file import Settings
+
+    theirs = {part for key in (*nemo_keys.TABLE, *nemo_keys.READ, *nemo_keys.NEUTRAL) for part in key.split(".")}
+    theirs |= {*nemo_keys.TARGETS, *nemo_keys.FAMILIES[None], *nemo_keys.ALIGNER, *METHODS, "file_names", "file_path"}
+    theirs |= {"ptuning", "selective", "none", "nemo", "canonical", "full", "pretrained_checkpoint"}
+    ours = {*METHODS, *KINDS, "fastpeft sft"}
+    for kind in KINDS:
+        for method in METHODS:
+            tables = section_tables(Settings("", {"peft": {"method": method}}, {}), kind)
+            ours |= {name for section, keys in tables.items() for name in (section, *keys)}
+    table = (ROOT / "docs/nemo.md").read_text(encoding="utf-8").partition("## Keys")[2].partition("\n## ")[0]
+    rows = [row.split("|")[1:3] for row in re.findall(r"^\| `.*", table, flags=re.M)]
+    for cells, known in zip(zip(*rows, strict=True), (theirs, ours | theirs), strict=True):
+        named = {part for code in re.findall(r"`([^`]+)`", " ".join(cells)) for part in code.split(".") if part != "*"}
+        assert not named - known, f"nemo.md names {sorted(named - known)}"
+
+
 def messages() -> Iterator[str]:
     """Every text in the package's code, with "..." for what is filled in."""
     for file in (ROOT / "fastpeft").rglob("*.py"):
