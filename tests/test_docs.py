@@ -163,7 +163,7 @@ def test_stated_defaults_are_those_of_the_settings(page: Path, tmp_path: Path) -
     assert not wrong
 
 
-def test_keys_of_nemo_and_of_runs_are_known() -> None:
+def test_keys_in_the_table_of_nemo_are_known() -> None:
     from fastpeft.recipes import nemo_keys
     from fastpeft.recipes.peft_section import METHODS
     from fastpeft.recipes.schema import section_tables
