@@ -249,11 +249,10 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at a time.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the draws, with a temperature above 0.")] = 0,
 ) -> None:
-    """Answer prompts with a tuned model, or several; on a terminal without a prompt, one turn after another."""
+    """Answer prompts with a tuned model, or several; on a terminal without a prompt, a chat."""
     import torch
 
-    from fastpeft.models.decode import make_decoder
-    from fastpeft.recipes import converse, generate_answers, load_for_generation, read_model_config, read_prompts
+    from fastpeft.recipes import Chat, converse, generate_answers, load_for_generation, read_model_config, read_prompts
     from fastpeft.recipes.side_by_side import load_side_by_side, print_answers
     from fastpeft.recipes.yaml_file import Settings
 
@@ -290,8 +289,9 @@ def generate(
     loaded, tokenizer = load_for_generation(run, model=base, adapter=adapters[0] if adapters else None, untuned=untuned)
     torch.manual_seed(seed)
     if prompts is None:
-        options["decoder"] = make_decoder(loaded, 1)
-        converse(lambda line: next(generate_answers(loaded, tokenizer, [line], **options)))
+        del options["batch_size"]
+        chat = Chat(loaded, tokenizer, **options)
+        converse(chat.say, chat.begin_anew if chat.remembers else None)
         return
     for asked, answer in zip(prompts, generate_answers(loaded, tokenizer, prompts, **options), strict=True):
         line = answer if isinstance(asked, str) else json.dumps({**asked, "generated": answer}, ensure_ascii=False)

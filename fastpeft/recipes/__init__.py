@@ -10,10 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastpeft.recipes.chat import Chat, converse
     from fastpeft.recipes.check import CheckReport, Finding, run_check
     from fastpeft.recipes.config_files import json_schema, starting_file
     from fastpeft.recipes.export import Export, base_of_adapter, run_export
-    from fastpeft.recipes.generate import converse, generate_answers, load_for_generation, read_prompts
+    from fastpeft.recipes.generate import generate_answers, load_for_generation, read_prompts
     from fastpeft.recipes.info import environment
     from fastpeft.recipes.load import load_model, load_tokenizer
     from fastpeft.recipes.nemo_yaml import NemoRun, load_nemo
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from fastpeft.recipes.sft import run_sft
 
 __all__ = [
+    "Chat",
     "CheckReport",
     "DataSection",
     "Export",
@@ -71,7 +73,8 @@ _FILES = {
     "Export": "export",
     "NemoRun": "nemo_yaml",
     "base_of_adapter": "export",
-    "converse": "generate",
+    "Chat": "chat",
+    "converse": "chat",
     "environment": "info",
     "generate_answers": "generate",
     "json_schema": "config_files",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,24 +179,6 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     if not prompts:
         raise UserError(f"generate: {path} holds no prompt")
     return prompts
-
-
-def converse(answer: Callable[[str], str]) -> None:
-    """Ask for a prompt and print its answer until an empty line or the end of input; each turn stands alone.
-
-    Args:
-        answer: from a prompt to its answer.
-    """
-    print("One prompt a line; an empty line ends.")
-    while True:
-        try:
-            prompt = input("> ").strip()
-        except EOFError:
-            print()
-            return
-        if not prompt:
-            return
-        print(answer(prompt), flush=True)
 
 
 def _stop_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

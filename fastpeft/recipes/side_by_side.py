@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerBase
 from fastpeft.errors import UserError
 from fastpeft.methods import PeftModel
 from fastpeft.models.decode import Decoder, make_decoder
+from fastpeft.recipes.chat import converse
 from fastpeft.recipes.generate import (
     Prompt,
-    converse,
     decode_options,
     decoded,
     encode_prompts,
@@ -159,7 +159,7 @@ def print_answers(ways: SideBySide, prompts: Sequence[Prompt] | None, *, batch_s
     """
     if prompts is None:
         decoder = make_decoder(ways.model, 1)
-        converse(lambda line: as_lines(next(ways.answers([line], batch_size=1, decoder=decoder, **options))))
+        converse(lambda line: [as_lines(next(ways.answers([line], batch_size=1, decoder=decoder, **options)))])
         return
     show = table_printer() if sys.stdout.isatty() else None
     every = ways.answers(prompts, batch_size=batch_size, **options)

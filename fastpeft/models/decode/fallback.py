@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from fastpeft.models.decode.engine import CannotDecode, DecodeEngine
+from fastpeft.models.decode.engine import CannotDecode, DecodeEngine, Token
 from fastpeft.models.decode.options import Completion, DecodeOptions
 
 
@@ -21,6 +22,10 @@ class Decoder(Protocol):
 
     def generate(self, prompts: Sequence[Sequence[int]], options: DecodeOptions) -> list[Completion]:
         """Continue prompts, in their order; see `DecodeEngine.generate`."""
+        ...
+
+    def stream(self, prompts: Sequence[Sequence[int]], options: DecodeOptions) -> Iterator[Token]:
+        """Continue prompts, token by token; see `DecodeEngine.stream`."""
         ...
 
     @property
@@ -82,6 +87,13 @@ class TransformersDecoder:
         finally:
             for module, training in modes:
                 module.training = training
+
+    def stream(self, prompts: Sequence[Sequence[int]], options: DecodeOptions) -> Iterator[Token]:
+        """Continue prompts; their tokens come when all are drawn, without log-probabilities."""
+        for index, found in enumerate(self.generate(prompts, options)):
+            for place, token in enumerate(found.tokens, start=1):
+                ends = place == len(found.tokens)
+                yield Token(index, token, math.nan, ends, ends and found.finished)
 
     @property
     def kept_bytes(self) -> int:
