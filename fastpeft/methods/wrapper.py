@@ -247,12 +247,14 @@ class AdapterHost(nn.Module):
     def _sync(self) -> None:
         """Tell every adapted module which adapters are active, and let just these train; merged ones are unmerged."""
         training = {name for name in self.active_adapters if not self.peft_config[name].inference_mode}
-        self.unmerge_adapter()
         for _, module in saving.adapted_modules(self):
+            if isinstance(module, merging.Mergeable) and module.merged_weight is not None:
+                module.unmerge()
             module.active_adapters = list(self.active_adapters)
             for name in module.held():
                 for parameter in module.trainable(name):
-                    parameter.requires_grad_(name in training)
+                    if parameter.requires_grad != (name in training):
+                        parameter.requires_grad_(name in training)
         for name in training:
             self._train_biases(getattr(self.peft_config[name], "bias", "none"))
 
