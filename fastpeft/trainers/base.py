@@ -3,7 +3,7 @@
 What changes:
 
 - a step with a NaN or infinite loss or gradient never reaches the optimizer, and the loss is reported as it is;
-- checkpoints are whole or absent, hold no pickle, and a broken one makes way for an older one (`checkpoint`, `state`);
+- checkpoints are whole or absent, hold no pickle, and a broken one makes way for an older one (`saving`);
 - metrics are summed on the device and read when they are logged (`metrics`);
 - a resumed run has the intervals of its options of now, and none of its steps twice (`resume`);
 - the last step is always logged, and SIGTERM and Ctrl-C end with a checkpoint (`preemption`);
@@ -19,7 +19,6 @@ The methods whose names begin with an underscore are transformers' own, overridd
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import signal
 from collections.abc import Callable, Sequence
@@ -30,8 +29,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
-from transformers.trainer_callback import ExportableState
+from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from fastpeft.data import ComputedShuffle, LengthGrouped
@@ -47,9 +45,8 @@ from fastpeft.trainers.overfitting import OverfittingMonitor
 from fastpeft.trainers.preemption import StopOnSignal
 from fastpeft.trainers.progress import ProgressView
 from fastpeft.trainers.resume import AlreadyTrained, ResumeAsAsked, without_mismatch_warning
-from fastpeft.trainers.state import capture_rng, load_state, restore_rng, save_state
+from fastpeft.trainers.saving import SavingTrainer
 from fastpeft.trainers.utilisation import Utilisation
-from fastpeft.trainers.weights import load_weights, save_weights
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +60,7 @@ _MANY_ROWS = 1 << 22  # of more, a shuffle is computed and not stored: torch's t
 _HOPELESS = 20  # skipped steps in a row after which a run is given up: it learns nothing
 
 
-class BaseTrainer(Trainer):
+class BaseTrainer(SavingTrainer):
     """What all trainers share; a subclass says what its rows are, how they make a batch, and what the loss is.
 
     Args:
@@ -379,104 +376,6 @@ class BaseTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Zero: transformers' estimate walks over every parameter in every micro-step."""
         return 0
-
-    # Saving.
-
-    def save_model(self, output_dir: str | Path | None = None, _internal_call: bool = False) -> None:
-        """Save the adapter, or the whole model where there is none, with the tokenizer and the options as JSON.
-
-        Args:
-            output_dir: the folder; ``args.output_dir`` if None.
-        """
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_weights(self.model, folder)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-        options = json.dumps(self.args.to_dict(), indent=1, sort_keys=True, default=str)
-        (folder / "training_args.json").write_text(options + "\n", encoding="utf-8")
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        run_dir, step = Path(self.args.output_dir), self.state.global_step
-        target = checkpoint.checkpoint_path(run_dir, step)
-        with (self._stopwatch or Stopwatch()).paused():
-            if self.args.should_save:
-                checkpoint.stage(target)
-            self.accelerator.wait_for_everyone()
-            staging = checkpoint.staging_path(target)
-            if self.args.should_save:
-                self.save_model(staging)
-                self._save_trainer_state(staging)
-            if not self.args.save_only_model:
-                self._save_resume_state(staging)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                checkpoint.commit(staging, target, resumable=not self.args.save_only_model)
-                best = self.state.best_global_step
-                checkpoint.rotate(run_dir, step, self.args.save_total_limit, [] if best is None else [best])
-            self.accelerator.wait_for_everyone()
-
-    def _save_trainer_state(self, folder: Path) -> None:
-        best = self.state.best_global_step
-        if best is not None and self.args.load_best_model_at_end:  # else transformers would delete the last one for it
-            best_path = checkpoint.checkpoint_path(self.args.output_dir, best)
-            if best == self.state.global_step or best_path.exists():
-                self.state.best_model_checkpoint = str(best_path)
-        exported: dict[str, list[Any]] = {}
-        for part in (*self.callback_handler.callbacks, self.control):
-            if isinstance(part, ExportableState):
-                exported.setdefault(type(part).__name__, []).append(part.state())
-        self.state.stateful_callbacks = {name: s if len(s) > 1 else s[0] for name, s in exported.items()}
-        self.state.save_to_json(str(folder / "trainer_state.json"))
-
-    def _save_resume_state(self, folder: Path) -> None:
-        if self.args.should_save:
-            save_state(self.optimizer.state_dict(), folder, "optimizer")
-            save_state(self.lr_scheduler.state_dict(), folder, "scheduler")
-            if self.accelerator.scaler is not None:
-                save_state(self.accelerator.scaler.state_dict(), folder, "scaler")
-        own = {"rng": capture_rng(), "meter": self.meter.state_dict(), "skipped_steps": self.skipped_steps}
-        save_state(own, folder, f"process-{self.args.process_index}")
-
-    # Loading. transformers calls these in the order weights, optimizer, scaler, and the generators at the first batch.
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_weights(self.model if model is None else model, Path(resume_from_checkpoint))
-
-    def _load_optimizer_and_scheduler(self, checkpoint_dir: str | None) -> None:
-        if checkpoint_dir is None:
-            return
-        folder = Path(checkpoint_dir)
-        self.optimizer.load_state_dict(load_state(folder, "optimizer"))
-        self.lr_scheduler.load_state_dict(load_state(folder, "scheduler"))
-        own = self._load_process_state(folder)
-        self.meter.load_state_dict(own["meter"])
-        self.skipped_steps = own["skipped_steps"]
-
-    def _load_scaler(self, checkpoint_dir: str | None) -> None:
-        if checkpoint_dir is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(load_state(Path(checkpoint_dir), "scaler"))
-
-    def _load_rng_state(self, checkpoint_dir: str | None) -> None:
-        if checkpoint_dir is not None:
-            restore_rng(self._load_process_state(Path(checkpoint_dir))["rng"])
-
-    def _load_process_state(self, folder: Path) -> dict[str, Any]:
-        name = f"process-{self.args.process_index}"
-        if not (folder / f"{name}.json").exists():
-            raise UserError(
-                f"{folder}: it has no {name}.json, so it was saved by fewer processes than the {self.args.world_size} "
-                "of now; resume with as many as before"
-            )
-        state: dict[str, Any] = load_state(folder, name)
-        return state
-
-    def _load_best_model(self) -> None:
-        folder = Path(self.state.best_model_checkpoint)
-        checkpoint.verify(folder)
-        load_weights(self.model, folder)
 
 
 def _optimizer(args: BaseConfig) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
