@@ -144,6 +144,23 @@ def test_a_changed_adapter_is_seen_between_calls(device: str) -> None:
     assert tokens_of(engine.generate(PROMPTS, DecodeOptions(max_new_tokens=8))) == before
 
 
+def test_adapters_that_take_turns_keep_what_was_made(device: str) -> None:
+    """As in answers side by side: steps are captured once an adapter, not once a change."""
+    model: Any = _shaken(fastpeft.get_peft_model(tiny("llama").to(device), ADAPTERS["lora"]()))
+    model.add_adapter("other", ADAPTERS["dora"]())
+    _shaken(model)
+    engine, options = DecodeEngine(model, max_batch=4), DecodeOptions(max_new_tokens=6)
+    answers, made = {}, []
+    for _ in range(2):
+        for name in ("default", "other"):
+            model.set_adapter(name)
+            found = tokens_of(engine.generate(PROMPTS[:4], options))
+            assert answers.setdefault(name, found) == found
+            made.append(engine._in_use())
+    assert made[0] is made[2] and made[1] is made[3] and made[0] is not made[1]
+    assert answers["default"] != answers["other"]
+
+
 @pytest.mark.gpu
 def test_prompt_passes_that_come_again_are_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """The third call replays what the second has captured; lengths differ within a pass, and prompts between calls."""
@@ -154,8 +171,8 @@ def test_prompt_passes_that_come_again_are_captured(monkeypatch: pytest.MonkeyPa
     for call, sizes in enumerate(lengths):
         prompts = [[(3 * i * i + 5 * n + call) % 120 + 4 for i in range(n)] for n in sizes]
         assert tokens_of(engine.generate(prompts, DecodeOptions(max_new_tokens=8))) == own(model, prompts, 8)
-        assert engine._prompt_graphs is not None
-        assert list(engine._prompt_graphs._graphs) == ([(4, 16)] if call else [])
+        graphs = engine._in_use().prompts
+        assert graphs is not None and list(graphs._graphs) == ([(4, 16)] if call else [])
 
 
 def test_prompts_padded_to_one_length_give_the_same_logits(device: str) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -33,6 +33,7 @@ from fastpeft.nn import Prompts as VirtualTokens
 from fastpeft.ops import sample_
 
 _PROMPT_TOKENS = 8192  # of one prompt pass
+_MOST_MADE = 4  # states of a model whose captured steps are kept
 _PROBE = (5, 3)  # lengths of the prompts that are compared
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
@@ -58,6 +59,21 @@ class Token:
     logprob: float
     ends: bool
     is_stop: bool
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What is made for one state of the model, such as an adapter that is active, and kept for when it comes again.
+
+    Attributes:
+        steps: runs steps.
+        prompts: runs small prompt passes that come again; None without graphs.
+        stop_ids: tokens that end a completion, where a captured step reads them.
+    """
+
+    steps: Steps
+    prompts: PromptGraphs | None
+    stop_ids: Tensor
 
 
 class DecodeEngine:
@@ -90,10 +106,7 @@ class DecodeEngine:
         self._use_graphs = self._device.type == "cuda" if use_graphs is None else use_graphs
         self._cache = PagedCache(0)
         self._rows = Rows(0, 0, self._device, 0)
-        self._steps: Steps | None = None
-        self._prompt_graphs: PromptGraphs | None = None
-        self._stop_ids = torch.zeros(0, dtype=torch.int64, device=self._device)
-        self._made_for: Any = None
+        self._made: OrderedDict[Any, _Made] = OrderedDict()  # the one in use last
         self._confirm()
 
     # --- what users call ---
@@ -130,7 +143,7 @@ class DecodeEngine:
         self._prepare(requests)
         with running(self._base):
             try:
-                yield from self._run(deque(requests), self._stop_ids)
+                yield from self._run(deque(requests))
             finally:
                 active = self._rows.active
                 if active:  # the caller has left, or something failed
@@ -143,7 +156,7 @@ class DecodeEngine:
 
     def release(self) -> None:
         """Give the cache and captured steps back; the next call makes them anew."""
-        self._steps = self._prompt_graphs = None
+        self._made.clear()
         self._cache = PagedCache(0)
         self._rows = Rows(0, 0, self._device, 0)
 
@@ -194,26 +207,32 @@ class DecodeEngine:
         pages, row_pages = sum(wanted[:size]), wanted[0]
         penalised = any(request.options.repetition_penalty != 1 for request in requests)
         vocabulary = self._base.get_output_embeddings().weight.shape[0] if penalised else 0
-        stop_ids = requests[0].options.stop_ids
-        made_for = (fingerprint(self._model), stop_ids)
         has_room = self._rows.size >= size and self._rows.row_pages >= row_pages and self._cache.pages >= pages
-        if self._steps is not None and has_room and made_for == self._made_for and vocabulary == self._rows.vocabulary:
-            return
-        self.release()
-        self._cache = PagedCache(pages)
-        self._rows = Rows(size, row_pages, self._device, vocabulary)
-        pool = Pool() if self._use_graphs else None
-        self._steps = Steps(self._step, size, pool)
-        self._prompt_graphs = None if pool is None else PromptGraphs(self._forward_prompts, pool)
-        self._stop_ids = torch.tensor(
-            stop_ids, dtype=torch.int64, device=self._device
-        )  # a captured step reads it there
-        self._made_for = made_for
+        if not has_room or vocabulary != self._rows.vocabulary:
+            self.release()
+            self._cache = PagedCache(pages)
+            self._rows = Rows(size, row_pages, self._device, vocabulary)
+        stop_ids = requests[0].options.stop_ids
+        key = (fingerprint(self._model), stop_ids)
+        made = self._made.pop(key, None)
+        if made is None:
+            pool = Pool() if self._use_graphs else None
+            made = _Made(
+                Steps(self._step, self._rows.size, pool),
+                None if pool is None else PromptGraphs(self._forward_prompts, pool),
+                torch.tensor(stop_ids, dtype=torch.int64, device=self._device),
+            )
+            if len(self._made) == _MOST_MADE:
+                self._made.popitem(last=False)
+        self._made[key] = made
+
+    def _in_use(self) -> _Made:
+        return next(reversed(self._made.values()))
 
     # --- the loop ---
-    def _run(self, waiting: deque[Request], stop_ids: Tensor) -> Iterator[Token]:
-        rows, steps = self._rows, self._steps
-        assert steps is not None
+    def _run(self, waiting: deque[Request]) -> Iterator[Token]:
+        rows, made = self._rows, self._in_use()
+        steps, stop_ids = made.steps, made.stop_ids
         while waiting or rows.active:
             if waiting and self._should_begin(len(waiting)):
                 yield from self._begin(waiting, stop_ids)
@@ -287,8 +306,9 @@ class DecodeEngine:
     def _prompt_logits(self, prompts: Sequence[Sequence[int]], table: Tensor) -> Tensor:
         """Fill the cache with prompts, and give the logits behind them, ``(b, v)``."""
         virtual = self._virtual_tokens(len(prompts))
-        if virtual is None and self._prompt_graphs is not None:
-            captured = self._prompt_graphs.run(prompts, table)
+        graphs = self._in_use().prompts
+        if virtual is None and graphs is not None:
+            captured = graphs.run(prompts, table)
             if captured is not None:
                 return captured
         before = 0 if virtual is None else virtual.shape[1]
