@@ -72,7 +72,6 @@ def generate_answers(
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
     batch_size: int = 8,
-    decoder: Decoder | None = None,
 ) -> Iterator[str]:
     """Answer prompts, in their order.
 
@@ -87,7 +86,6 @@ def generate_answers(
         top_p: the mass of the likeliest tokens that are drawn from; 1 for all.
         repetition_penalty: above 1 makes tokens that are there already less likely.
         batch_size: prompts at a time.
-        decoder: of this model, to go on with; None makes one.
     Returns:
         The answers as they come, without special tokens and surrounding white space.
     Raises:
@@ -104,7 +102,7 @@ def generate_answers(
         repetition_penalty=repetition_penalty,
     )
     rows = encode_prompts(prompts, tokenizer)
-    return decoded(decoder or make_decoder(model, batch_size), tokenizer, rows, options, batch_size)
+    return decoded(make_decoder(model, batch_size), tokenizer, rows, options, batch_size)
 
 
 def decode_options(
