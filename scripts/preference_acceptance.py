@@ -1,7 +1,7 @@
 """DPO on real pairs and PPO with a verifiable reward, on SmolLM2-135M: the bars that are too long for the tests.
 
     python scripts/preference_acceptance.py dpo PAIRS.jsonl [--steps 200] [--seed 0] [--against-trl] [--accelerate]
-    python scripts/preference_acceptance.py ppo [--steps 200] [--seed 0] [--seeds 5] [--adapter FOLDER] [--log FILE]
+    python scripts/preference_acceptance.py ppo [--steps 200] [--seed 0] [--seeds 5] [--adapter FOLDER] [--accelerate]
 
 ``dpo`` trains on all but the last 200 rows and prints accuracy, loss and margin on those before and after. With
 ``--against-trl``, TRL trains the same adapter on the same token rows in the same batches (preference_trl.py), and its
@@ -170,6 +170,8 @@ def run_ppo(options: argparse.Namespace, folder: str) -> None:
 
     for seed in range(options.seed, options.seed + options.seeds):
         model, tokenizer = load_model(MODEL)
+        if options.accelerate:
+            accelerate(model)
         if options.adapter is not None:
             model = PeftModel.from_pretrained(model, options.adapter, is_trainable=True)
             model.load_adapter(options.adapter, REFERENCE)
@@ -179,8 +181,8 @@ def run_ppo(options: argparse.Namespace, folder: str) -> None:
             per_device_train_batch_size=options.batch,
             response_length=40,
             temperature=1.0,
-            num_ppo_epochs=2,
-            num_mini_batches=2,
+            num_ppo_epochs=options.epochs,
+            num_mini_batches=options.mini_batches,
             learning_rate=options.learning_rate,
             lr_scheduler_type="constant",
             kl_coef=options.kl_coef,
@@ -233,18 +235,20 @@ def main() -> None:
     dpo, ppo = commands.add_parser("dpo"), commands.add_parser("ppo")
     dpo.add_argument("pairs", type=Path, help="JSONL of preferences, also gzipped")
     dpo.add_argument("--against-trl", action="store_true", help="train with TRL too, from the same start; on a GPU")
-    dpo.add_argument("--accelerate", action="store_true", help="fused blocks, as fastpeft dpo has them on a GPU")
     dpo.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of model and compute")
     dpo.add_argument("--batch", type=int, default=8, help="pairs of a step")
     ppo.add_argument("--batch", type=int, default=64, help="prompts of an update")
     ppo.add_argument("--adapter", type=Path, help="begin with it, as after fine-tuning; it is the reference too")
     ppo.add_argument("--kl-coef", type=float, default=0.03, help="at the beginning; it adapts to a KL of 12")
+    ppo.add_argument("--epochs", type=int, default=2, help="over the answers of an update")
+    ppo.add_argument("--mini-batches", type=int, default=2, help="steps of an epoch")
     dpo.add_argument("--held-out", type=int, default=200, help="rows at the end of the file that are not trained on")
     ppo.add_argument("--seeds", type=int, default=5, help="how many, one after another")
     for command in (dpo, ppo):
         command.add_argument("--steps", type=int, default=200)
         command.add_argument("--seed", type=int, default=0, help="the (first) seed")
         command.add_argument("--learning-rate", type=float, default=1e-4)
+        command.add_argument("--accelerate", action="store_true", help="fused blocks, as fastpeft has them on a GPU")
         command.add_argument("--log", type=Path, help="append log lines to this file, as JSON Lines")
     options = parser.parse_args()
     torch.manual_seed(0)

@@ -68,7 +68,8 @@ void bind_nf4_linear(py::module_& m) {
         const cuda::NF4LinearPlan plan =
             cuda::nf4_linear_plan({rows, n, k, transposed, block_size, static_cast<DType>(dtype), aligned, true},
                                   {architecture, sms, smem_bytes, wgmma});
-        return py::make_tuple(kNames[static_cast<int>(plan.kernel)], plan.workspace_bytes, plan.counters, plan.reason);
+        return py::make_tuple(kNames[static_cast<int>(plan.kernel)], plan.workspace_bytes, plan.counters, plan.can_add,
+                              plan.reason);
       },
       py::arg("m"), py::arg("n"), py::arg("k"), py::arg("transposed"), py::arg("block_size"), py::arg("dtype"),
       py::arg("aligned"), py::arg("architecture"), py::arg("sms"), py::arg("smem_bytes"), py::arg("wgmma"));
@@ -105,8 +106,8 @@ void bind_nf4_linear(py::module_& m) {
       "nf4_linear",
       [](bool transposed, Address x, Address codes, Address absmax, Address nested_absmax, Address nested_map,
          Address offset, int64_t block_size, Address bias, Address y, int dtype, int64_t rows, int64_t n, int64_t k,
-         Address workspace, int64_t workspace_bytes, Address counters, bool wgmma, const NF4LinearAdapter* adapter,
-         const Context& context) {
+         Address workspace, int64_t workspace_bytes, Address counters, bool wgmma, bool add_to_y,
+         const NF4LinearAdapter* adapter, const Context& context) {
         const NF4View view = nf4_view(codes, absmax, nested_absmax, nested_map, offset, n * k, block_size);
         const NF4LinearArgs args{view,
                                  transposed,
@@ -121,6 +122,7 @@ void bind_nf4_linear(py::module_& m) {
                                  workspace_bytes,
                                  at<unsigned>(counters),
                                  wgmma,
+                                 add_to_y,
                                  adapter == nullptr ? NF4LinearAdapter{} : *adapter};
         py::gil_scoped_release unlocked;
         cuda::nf4_linear(args, context);
@@ -128,7 +130,7 @@ void bind_nf4_linear(py::module_& m) {
       py::arg("transposed"), py::arg("x"), py::arg("codes"), py::arg("absmax"), py::arg("nested_absmax"),
       py::arg("nested_map"), py::arg("offset"), py::arg("block_size"), py::arg("bias"), py::arg("y"), py::arg("dtype"),
       py::arg("m"), py::arg("n"), py::arg("k"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("counters"),
-      py::arg("wgmma"), py::arg("adapter").none(true), py::arg("context"));
+      py::arg("wgmma"), py::arg("add_to_y"), py::arg("adapter").none(true), py::arg("context"));
   m.def(
       "nf4_linear_group",
       [](Address x, const std::vector<std::array<Address, 5>>& weights, const std::vector<int64_t>& n, Address y,

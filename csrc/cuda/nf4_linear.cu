@@ -33,6 +33,7 @@ void launch_decode(const NF4LinearArgs& args, const NF4LinearPlan& plan, const C
   if constexpr (kCount == 1) {
     problems.each[0] = nf4_decode_problem(args.w, args.x, args.bias, args.y, static_cast<int>(args.m), n,
                                           static_cast<int>(args.k), plan.decode.blocks, n, plan.decode);
+    problems.each[0].add_to_y = args.add_to_y;
   } else {
     uint16_t* y = static_cast<uint16_t*>(args.y);
     for (int i = 0, block = 0; i < kCount; ++i) {
@@ -116,6 +117,7 @@ void nf4_linear(const NF4LinearArgs& args, const Context& context) {
   check(args.workspace_bytes >= plan.workspace_bytes, "nf4_linear: the workspace has ", args.workspace_bytes,
         " bytes; ", plan.reason, " needs ", plan.workspace_bytes);
   check(args.counters != nullptr || plan.counters == 0, "nf4_linear: ", plan.reason, " needs counters");
+  check(!args.add_to_y || (plan.can_add && is_aligned(args.y)), "nf4_linear: cannot add to y: ", plan.reason);
   switch (plan.kernel) {
     case NF4LinearKernel::kDecode:
       return args.dtype == DType::kBFloat16 ? choose_scales<BFloat16>(args, plan, context)

@@ -131,8 +131,9 @@ struct NF4LinearPlan {
   nf4_decode::Plan decode;
   nf4_tiles::Plan tiles{};
   int64_t workspace_bytes = 0;
-  int counters = 0;    // unsigned words, zero
-  std::string reason;  // in words, for the person who asks why; of several weights: kDequantise is one by one
+  int counters = 0;      // unsigned words, zero
+  bool can_add = false;  // to y
+  std::string reason;    // in words, for the person who asks why; of several weights: kDequantise is one by one
 };
 
 constexpr int kMmaSmemBytes = 82944;
@@ -193,6 +194,7 @@ inline NF4LinearPlan nf4_linear_plan(const NF4LinearSizes& s, const DeviceLimits
     plan.decode = nf4_decode::make_plan(m, n, k, s.aligned_scales && s.block_size == 64, device);
     if (plan.decode.smem_bytes > 0) {
       plan.kernel = NF4LinearKernel::kDecode;
+      plan.can_add = plan.decode.staged;
       plan.reason = concat("decode: ", plan.decode.tiles, " x 8 tokens, ", plan.decode.warps, " warps, ",
                            plan.decode.blocks, " blocks");
       return plan;
@@ -205,6 +207,7 @@ inline NF4LinearPlan nf4_linear_plan(const NF4LinearSizes& s, const DeviceLimits
     plan.kernel = plan.tiles.fragments ? NF4LinearKernel::kFragments : NF4LinearKernel::kTiles;
     plan.workspace_bytes = nf4_tiles::workspace_bytes(plan.tiles);
     plan.counters = nf4_tiles::counters(plan.tiles);
+    plan.can_add = plan.tiles.fragments && s.n % 8 == 0;
     plan.reason = concat(plan.tiles.fragments ? "fragments: " : "tiles: ", nf4_tiles::kTileOut, " x ",
                          plan.tiles.tokens, ", clusters of ", plan.tiles.cluster, ", ", nf4_tiles::grid(plan.tiles),
                          " blocks, ", plan.tiles.whole_waves, " whole waves, ", plan.tiles.shared, " shared units",

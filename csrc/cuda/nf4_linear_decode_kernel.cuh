@@ -46,6 +46,7 @@ struct NF4DecodeProblem {
   int staged_codes;                       // bytes of a group's staged 8-bit scales; the nested ones follow
   int staged_first, staged_both;          // in shared memory: the first of two buffers, and the sum of both places
   int y_pitch;                            // elements from one token of y to the next
+  bool add_to_y;
 };
 
 inline NF4DecodeProblem nf4_decode_problem(const NF4View& w, const void* x, const void* bias, void* y, int m, int n,
@@ -486,8 +487,9 @@ __global__ void __launch_bounds__(32 * kWarps, 1) kernel(const __grid_constant__
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) sum += from[w * p.warp_words];
       if (p.bias != nullptr) sum += to_float(static_cast<const T*>(p.bias)[group + r]);
-      static_cast<T*>(p.y)[static_cast<int64_t>(token) * (kCount == 1 ? p.n : p.y_pitch) + group + r] =
-          from_float<T>(sum);
+      T* y = static_cast<T*>(p.y) + static_cast<int64_t>(token) * (kCount == 1 ? p.n : p.y_pitch) + group + r;
+      if (kCount == 1 && kStaged && p.add_to_y) sum = to_float(*y) + to_float(from_float<T>(sum));
+      *y = from_float<T>(sum);
     }
     staged_here = p.staged_both - staged_here;
   }

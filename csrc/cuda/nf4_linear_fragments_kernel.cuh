@@ -410,7 +410,7 @@ __device__ void multiply(const CUtensorMap* map_y, const Problem& p, int group) 
         if (!nf4_tiles::add_parts<C>(p, item, d, 0, strip, 0)) continue;
       }
     }
-    nf4_tiles::store<T, C>(map_y, p, item.out0, item.m0, d, 0, strip);
+    nf4_tiles::store<T, C>(map_y, p, item.out0, item.m0, d, 0, strip, p.add_to_y);
   }
   if (threadIdx.x % 128 == 0) tma_wait();
 }

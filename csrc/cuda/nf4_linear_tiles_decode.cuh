@@ -24,6 +24,7 @@ struct Problem {
   const void* bias;   // [out], may be null
   void* y;            // for the rows that TMA cannot store
   bool store_by_tma;  // out % 8 == 0
+  bool add_to_y;      // by TMA
   uint8_t* workspace;
   unsigned* counters;  // zero, and left so
 };
@@ -37,6 +38,7 @@ inline Problem make_problem(const NF4LinearArgs& args, const Plan& plan) {
   p.bias = args.bias;
   p.y = args.y;
   p.store_by_tma = plan.out % 8 == 0 && is_aligned(args.y);
+  p.add_to_y = args.add_to_y;
   p.workspace = static_cast<uint8_t*>(args.workspace);
   p.counters = args.counters;
   p.wide_scales = args.w.nested_absmax != nullptr && p.block_shift == 0 && p.k / 64 % 4 == 0 &&

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastpeft.models.decode.attention import Pass, current_pass
 from fastpeft.models.replay import product_of, quantized, sharing, together
 from fastpeft.models.structure import MLP, Attention, Layer, Norm
-from fastpeft.ops import geglu, nf4_linear_group, paged_attention, rms_norm, rope, swiglu
+from fastpeft.ops import geglu, nf4_linear_add_, nf4_linear_group, paged_attention, rms_norm, rope, swiglu
 from fastpeft.ops.glu import glu_consuming
 
 STRUCTURE = "_fastpeft"
@@ -224,12 +224,27 @@ def layer_forward(self: nn.Module, structure: Layer, hidden_states: Tensor, *arg
 
 
 def plain_layer(layer: nn.Module, structure: Layer, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-    """The layer as autograd keeps it."""
+    """The layer as autograd keeps it, or as a decoding engine's pass runs it."""
     x = layer.input_layernorm(hidden_states)  # type: ignore[operator]
     x, _ = layer.self_attn(hidden_states=x, **kwargs)  # type: ignore[operator]
+    now = current_pass()
+    needed = None if now is None else now.needed_of(layer.self_attn)
+    if needed is not None:  # the keys and values of all tokens are kept by now
+        x, residual = x[:, needed], hidden_states[:, needed]
+        return torch.zeros_like(hidden_states).index_copy_(1, needed, _after(layer, structure, residual, x, True))
+    return _after(layer, structure, hidden_states, x, now is not None)
+
+
+def _after(layer: nn.Module, structure: Layer, hidden_states: Tensor, x: Tensor, decodes: bool) -> Tensor:
+    """The layer from attention's output on."""
     x, total = after_attention(layer, structure, hidden_states, x)
-    x = layer.mlp(x)  # type: ignore[operator]
-    return total + after_mlp(layer, structure, x)
+    mlp: Any = layer.mlp
+    shape = mlp.__dict__.get(STRUCTURE)
+    if decodes and not structure.after and isinstance(shape, MLP) and not has_hooks(mlp) and total.dtype == x.dtype:
+        weights = quantized([product_of(mlp._modules["down_proj"])])
+        if weights is not None and not torch.is_autocast_enabled(x.device.type):
+            return nf4_linear_add_(total, mlp_hidden(mlp, shape, x), weights[0])
+    return total + after_mlp(layer, structure, mlp(x))
 
 
 def after_attention(layer: nn.Module, structure: Layer, hidden_states: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

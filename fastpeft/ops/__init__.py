@@ -5,7 +5,7 @@ from fastpeft.ops.cross_entropy import linear_cross_entropy, linear_logprobs
 from fastpeft.ops.glu import geglu, swiglu
 from fastpeft.ops.lora import lora_linear, lora_linear_group, lora_linear_plan
 from fastpeft.ops.native import build_info
-from fastpeft.ops.nf4 import nf4_dequantize, nf4_linear, nf4_linear_plan, nf4_quantize
+from fastpeft.ops.nf4 import nf4_dequantize, nf4_linear, nf4_linear_add_, nf4_linear_plan, nf4_quantize
 from fastpeft.ops.nf4_group import nf4_linear_group
 from fastpeft.ops.nf4_weight import NF4Weight
 from fastpeft.ops.paged_attention import paged_attention
@@ -27,6 +27,7 @@ __all__ = [
     "lora_linear_plan",
     "nf4_dequantize",
     "nf4_linear",
+    "nf4_linear_add_",
     "nf4_linear_group",
     "nf4_linear_plan",
     "nf4_quantize",

@@ -98,6 +98,7 @@ class LinearPlan(NamedTuple):
     kernel: str  # "dequantise", "decode", "fragments", "tiles" or "mma"
     workspace_bytes: int
     counters: int  # 32-bit words, zero before and after
+    can_add: bool  # to y, if the 8-bit scales are aligned
     reason: str
 
 

@@ -204,19 +204,42 @@ def nf4_linear_plan(x: Tensor, w: NF4Weight, transposed: bool = False) -> str:
 
 
 def _from_codes(
-    x2d: Tensor, operands: Operands, n: int, k: int, transposed: bool, bias: Tensor | None
+    x2d: Tensor,
+    operands: Operands,
+    n: int,
+    k: int,
+    transposed: bool,
+    bias: Tensor | None = None,
+    add_to: Tensor | None = None,
 ) -> Tensor | None:
-    """The product by a kernel that reads the codes; None where none does."""
+    """The product by a kernel that reads the codes; None where none does, or none that adds."""
     plan = _plan(x2d, operands[0], operands[-1], n, k, transposed)
-    if plan.kernel == "dequantise":
+    if plan.kernel == "dequantise" or (add_to is not None and not (plan.can_add and _is_usual(operands, add_to))):
         return None
-    y = x2d.new_empty((x2d.shape[0], k if transposed else n))
+    y = x2d.new_empty((x2d.shape[0], k if transposed else n)) if add_to is None else add_to
     workspace = x2d.new_empty((plan.workspace_bytes,), dtype=torch.uint8) if plan.workspace_bytes else None
     counters = native.counters(plan.counters, x2d.device) if plan.counters else None
     product_from_codes(
-        x2d, operands, n, k, transposed, bias, y, native.address(workspace), plan.workspace_bytes, counters
+        x2d,
+        operands,
+        n,
+        k,
+        transposed,
+        bias,
+        y,
+        native.address(workspace),
+        plan.workspace_bytes,
+        counters,
+        add=add_to is not None,
     )
     return y
+
+
+def _is_usual(operands: Operands, y: Tensor) -> bool:
+    """Whether addresses and scales are such that a kernel which can add does."""
+    _, absmax, nested_absmax, _, _, block_size = operands
+    aligned = absmax.data_ptr() % 16 == 0 and y.data_ptr() % 16 == 0
+    return nested_absmax is not None and block_size == 64 and aligned
 
 
 def product_from_codes(
@@ -231,6 +254,7 @@ def product_from_codes(
     workspace_bytes: int,
     counters: Tensor | None,
     adapter: object | None = None,
+    add: bool = False,
 ) -> None:
     """Run the kernel that the plan has chosen.
 
@@ -246,6 +270,7 @@ def product_from_codes(
         workspace_bytes: how many.
         counters: as many as the plan asks for.
         adapter: ``native.linear_adapter`` of what joins the product.
+        add: to what ``y`` holds; only where the plan can.
     """
     codes, absmax, nested_absmax, nested_map, offset, block_size = operands
     native.call_cuda(
@@ -269,6 +294,7 @@ def product_from_codes(
         workspace_bytes,
         native.address(counters),
         native.device_limits(x2d.device)[-1],
+        add,
         adapter,
     )
 
@@ -311,7 +337,7 @@ def _linear_dx(dy: Tensor, *rest: Any) -> Tensor:
     dy2d = dy.reshape(-1, n)
     if dy.is_cuda:
         dy2d = dy2d.contiguous()
-        dx = _from_codes(dy2d, _operands(operands), n, k, True, None)
+        dx = _from_codes(dy2d, _operands(operands), n, k, True)
         if dx is not None:
             return dx.reshape(*dy.shape[:-1], k)
     dx = None
@@ -332,7 +358,22 @@ def _linear_dx_fake(dy: Tensor, *rest: Any) -> Tensor:
 
 
 native.define(f"nf4_linear(Tensor x, {_WEIGHT}, SymInt n, SymInt k, Tensor? bias) -> Tensor", _linear, _linear_fake)
+
+
+def _linear_add(y: Tensor, x: Tensor, *rest: Any) -> None:
+    *operands, n, k = rest
+    added = None
+    if x.is_cuda and y.is_contiguous():
+        added = _from_codes(x.reshape(-1, k).contiguous(), _operands(operands), n, k, False, add_to=y)
+    if added is None:
+        y.add_(_linear(x, *rest, None))
+
+
 native.define(f"nf4_linear_dx(Tensor dy, {_WEIGHT}, SymInt n, SymInt k) -> Tensor", _linear_dx, _linear_dx_fake)
+
+native.define(
+    f"nf4_linear_add_(Tensor(a!) y, Tensor x, {_WEIGHT}, SymInt n, SymInt k) -> ()", _linear_add, lambda *_: None
+)
 
 
 class _NF4Linear(torch.autograd.Function):
@@ -394,3 +435,28 @@ def nf4_linear(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor:
     bias = None if bias is None else bias.to(x.dtype)
     out: Tensor = _NF4Linear.apply(x, bias, w.n, w.k, *w.operands)  # type: ignore[no-untyped-call]
     return out
+
+
+@torch.no_grad()
+def nf4_linear_add_(y: Tensor, x: Tensor, w: NF4Weight) -> Tensor:
+    """Add a product with an NF4 weight in place: ``y += x @ w.T``, both rounded to the dtype of ``y``.
+
+    For up to 64 tokens one launch on CUDA, as the sum at the end of a decoder layer's step; nothing is differentiated.
+
+    Args:
+        y: ``(..., n)``, written.
+        x: ``(..., k)``, dtype and device of ``y``.
+        w: of ``(n, k)``.
+    Returns:
+        ``y``.
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    """
+    check_linear("nf4_linear_add_", x, w.n, w.k, w.device, None)
+    if y.shape != (*x.shape[:-1], w.n) or y.dtype != x.dtype or y.device != x.device:
+        raise ValueError(
+            f"nf4_linear_add_: y is {tuple(y.shape)} of {y.dtype} on {y.device}; it must be "
+            f"{(*x.shape[:-1], w.n)} of {x.dtype} on {x.device}"
+        )
+    torch.ops.fastpeft.nf4_linear_add_(y, x, *w.operands, w.n, w.k)
+    return y

@@ -197,6 +197,19 @@ def test_prompts_padded_to_one_length_give_the_same_logits(device: str) -> None:
                 assert bool((pages[place, :, len(prompt) :] == 7.0).all()), "padding was written"
 
 
+def test_the_last_layer_computes_only_what_is_read(device: str) -> None:
+    """Behind attention it sees the last token of each prompt, whose keys and values are kept nonetheless."""
+    model = tiny("llama").to(device)
+    fastpeft.accelerate(model)
+    engine = DecodeEngine(model, max_batch=3, use_graphs=False)
+    seen: list[int] = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+    assert tokens_of(engine.generate(PROMPTS[:3], DecodeOptions(max_new_tokens=8))) == own(model, PROMPTS[:3], 8)
+    layers, total = len(model.model.layers), sum(map(len, PROMPTS[:3]))
+    assert seen[:layers] == [total] * (layers - 1) + [3]
+
+
 def test_log_probabilities_are_those_of_the_model(device: str) -> None:
     model = tiny("qwen3").to(device)
     for options in (DecodeOptions(10), DecodeOptions(10, temperature=1.7, top_k=20, top_p=0.9)):

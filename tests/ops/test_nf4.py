@@ -245,6 +245,18 @@ def test_non_contiguous_and_batched_x(device: str) -> None:
     torch.testing.assert_close(y, x @ ops.nf4_dequantize(w).t())
 
 
+def test_a_product_is_added_in_place(device: str) -> None:
+    w = ops.nf4_quantize(torch.randn(64, 128, device=device))
+    x, y = torch.randn(2, 3, 128, device=device), torch.randn(2, 3, 64, device=device)
+    expected = y + ops.nf4_linear(x, w)
+    assert ops.nf4_linear_add_(y, x, w) is y
+    assert_exact(y, expected)
+    with pytest.raises(ValueError, match=r"nf4_linear_add_: y is \(2, 3, 63\)"):
+        ops.nf4_linear_add_(y[..., :63], x, w)
+    with pytest.raises(ValueError, match=r"of torch\.float32"):
+        ops.nf4_linear_add_(y.double(), x, w)
+
+
 def test_gradient_against_finite_differences() -> None:
     w = ops.nf4_quantize(torch.randn(12, 64))
     x = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)

@@ -53,7 +53,23 @@ def test_few_tokens_are_read_from_the_codes(m: int, device: str) -> None:
     tiles = 1 if m <= 8 else 2
     warps = 16 if device == "h100" or (device == "a100" and tiles == 1) else 8
     reason = f"decode: {tiles} x 8 tokens, {warps} warps, {DEVICES[device][1]} blocks"
-    assert plan(m=m, device=device) == ("decode", 0, 0, reason)
+    chosen = plan(m=m, device=device)
+    assert (chosen.kernel, chosen.workspace_bytes, chosen.counters, chosen.reason) == ("decode", 0, 0, reason)
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"m": 16}, True),
+        ({"m": 64}, True),
+        ({"m": 64, "n": 1020}, False),
+        ({"m": 4096}, False),
+        ({"m": 1, "k": 4096 + 64}, False),
+        ({"m": 64, "transposed": True}, False),
+    ],
+)
+def test_which_products_can_be_added(changed: dict[str, object], expected: bool) -> None:
+    assert plan(**changed).can_add == expected
 
 
 def test_no_more_blocks_than_units_of_16_rows() -> None:
@@ -98,7 +114,7 @@ def test_more_tokens_go_by_wgmma_on_hopper(changed: dict[str, object], tile: str
     ids=str,
 )
 def test_what_is_odd_goes_by_mma(changed: dict[str, object], reason: str) -> None:
-    assert plan(**changed) == ("mma", 0, 0, f"mma: {reason}")
+    assert plan(**changed) == ("mma", 0, 0, False, f"mma: {reason}")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +132,7 @@ def test_what_is_odd_goes_by_mma(changed: dict[str, object], reason: str) -> Non
     ids=str,
 )
 def test_the_rest_is_dequantised_for_a_reason(changed: dict[str, object], reason: str) -> None:
-    assert plan(**changed) == ("dequantise", 0, 0, f"dequantise: {reason}")
+    assert plan(**changed) == ("dequantise", 0, 0, False, f"dequantise: {reason}")
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["forward", "backward"])

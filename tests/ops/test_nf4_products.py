@@ -173,3 +173,16 @@ def test_opcheck_and_compile() -> None:
     ops.nf4_linear(x, w).float().sin().sum().backward()
     assert got is not None and x.grad is not None
     assert_exact(got, x.grad)
+
+
+@pytest.mark.parametrize("m", [1, 7, 16, 17, 33, 64, 65], ids="m{}".format)
+@pytest.mark.parametrize("shape", [(4096, 14336), (4096, 4096), (136, 256), (100, 320)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_adding_is_the_product_and_a_sum(dtype: torch.dtype, shape: tuple[int, int], m: int) -> None:
+    """Both rounded, so that it is equal to the bit; shapes and sizes that no kernel adds for are among them."""
+    n, k = shape
+    w = weight(n, k, dtype)
+    x, y = torch.randn(m, k, device="cuda", dtype=dtype), torch.randn(m, n, device="cuda", dtype=dtype)
+    expected = y + ops.nf4_linear(x, w)
+    assert ops.nf4_linear_add_(y, x, w) is y
+    assert_exact(y, expected)

@@ -64,6 +64,8 @@ struct NF4LinearArgs {
   int64_t workspace_bytes;
   unsigned* counters;  // as many as the plan asks for: zero, and zero again afterwards
   bool wgmma;          // false: as if the device had none
+  // y += the product, which is rounded before; where the plan can, with y 16-byte aligned.
+  bool add_to_y = false;
   NF4LinearAdapter adapter{};
   NF4LinearGroup group{};  // forward, without bias or adapter: w is its first, n the sum
 };

@@ -38,12 +38,19 @@ class Pass:
         table: ``(rows, row_pages)`` int32, the pages of the rows.
         lengths: ``(rows,)`` int32, tokens that the rows have before this pass; below 0 for idle rows.
         prompts: where the tokens of a prompt pass lie; None for a step, in which each row has one new token.
+        needed: the index of the last layer, and the ``(b,)`` places whose output is read from it; None for all.
     """
 
     cache: PagedCache
     table: Tensor
     lengths: Tensor
     prompts: Prompts | None = None
+    needed: tuple[int, Tensor] | None = None
+
+    def needed_of(self, attention: Any) -> Tensor | None:
+        """The places that a layer's output is read from; None for all."""
+        last, places = self.needed or (None, None)
+        return places if last is not None and getattr(attention, "layer_idx", None) == last else None
 
 
 @dataclass(frozen=True)

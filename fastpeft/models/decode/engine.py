@@ -326,7 +326,8 @@ class DecodeEngine:
     def _forward_prompts(self, given: PromptPass, embeddings: Tensor | None = None) -> Tensor:
         """Run the model on prompts, or on embeddings in place of their tokens."""
         first = {"input_ids": given.ids[None]} if embeddings is None else {"inputs_embeds": embeddings[None]}
-        with in_pass(Pass(self._cache, torch.zeros(0), torch.zeros(0), given.prompts)):
+        needed = self._base.config.get_text_config().num_hidden_layers - 1, given.last
+        with in_pass(Pass(self._cache, torch.zeros(0), torch.zeros(0), given.prompts, needed)):
             out = self._base(**first, position_ids=given.positions[None], use_cache=False, logits_to_keep=given.last)
         logits: Tensor = out.logits[0]
         return logits
