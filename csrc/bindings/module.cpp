@@ -48,6 +48,7 @@ PYBIND11_MODULE(_C, m) {
   fastpeft::bindings::bind_nf4(m);
   fastpeft::bindings::bind_nf4_linear(m);
   fastpeft::bindings::bind_lora(m);
+  fastpeft::bindings::bind_lora_few(m);
   fastpeft::bindings::bind_dropout(m);
   fastpeft::bindings::bind_arena(m);
   fastpeft::bindings::bind_adamw(m);

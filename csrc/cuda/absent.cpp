@@ -6,6 +6,7 @@
 #include "fastpeft/dropout.h"
 #include "fastpeft/glu.h"
 #include "fastpeft/lora.h"
+#include "fastpeft/lora_few.h"
 #include "fastpeft/nf4.h"
 #include "fastpeft/nf4_linear.h"
 #include "fastpeft/paged_attention.h"
@@ -32,6 +33,8 @@ void dropout(const DropoutArgs&, const Context&) { refuse("dropout"); }
 void lora_project(const LoraProjectArgs&, const Context&) { refuse("lora_project"); }
 void lora_backward(const LoraBackwardArgs&, const Context&) { refuse("lora_backward"); }
 void lora_gradient(const LoraGradientArgs&, const Context&) { refuse("lora_gradient"); }
+void lora_few_project(const LoraFewArgs&, const Context&) { refuse("lora_few_project"); }
+void lora_few_add(const LoraFewArgs&, const Context&) { refuse("lora_few_add"); }
 void adamw_norm(const AdamWNormArgs&, const Context&) { refuse("adamw_norm"); }
 void adamw_step(const AdamWStepArgs&, const Context&) { refuse("adamw"); }
 void adamw_stage(AdamWList&, Arena&) { refuse("adamw"); }

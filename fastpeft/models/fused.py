@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.models.decode.attention import Pass, current_pass
-from fastpeft.models.replay import product_of, quantized, sharing, together
+from fastpeft.models.replay import add_product, product_of, quantized, sharing, together
 from fastpeft.models.structure import MLP, Attention, Layer, Norm
-from fastpeft.ops import geglu, nf4_linear_add_, nf4_linear_group, paged_attention, rms_norm, rope, swiglu
+from fastpeft.ops import geglu, nf4_linear_group, paged_attention, rms_norm, rope, swiglu
 from fastpeft.ops.glu import glu_consuming
 
 STRUCTURE = "_fastpeft"
@@ -241,9 +241,9 @@ def _after(layer: nn.Module, structure: Layer, hidden_states: Tensor, x: Tensor,
     mlp: Any = layer.mlp
     shape = mlp.__dict__.get(STRUCTURE)
     if decodes and not structure.after and isinstance(shape, MLP) and not has_hooks(mlp) and total.dtype == x.dtype:
-        weights = quantized([product_of(mlp._modules["down_proj"])])
-        if weights is not None and not torch.is_autocast_enabled(x.device.type):
-            return nf4_linear_add_(total, mlp_hidden(mlp, shape, x), weights[0])
+        product = product_of(mlp._modules["down_proj"])
+        if product is not None and not torch.is_autocast_enabled(x.device.type):
+            return add_product(total, mlp_hidden(mlp, shape, x), product)
     return total + after_mlp(layer, structure, mlp(x))
 
 

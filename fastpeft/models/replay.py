@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.nn import LoRALinear, NF4Linear
-from fastpeft.ops import NF4Weight, lora_linear_group
+from fastpeft.ops import NF4Weight, lora_few, lora_linear, lora_linear_group, nf4_linear_add_
 from fastpeft.ops.dropout import new_seed
 from fastpeft.ops.replay import base_node, base_product, lora_node, lora_product, unread
 
@@ -87,6 +87,20 @@ def together(products: Sequence[Product], x: Tensor) -> list[Tensor]:
     """Apply products that `sharing` gave, in the graph of their input."""
     lists, dropout = _of_each(products)
     return lora_linear_group(x, *lists, dropout)
+
+
+def add_product(total: Tensor, x: Tensor, product: Product) -> Tensor:
+    """Add a product to what a tensor holds, in place where there is a kernel for it; nothing is differentiated."""
+    weight, bias, adapter = product.weight, product.bias, product.adapter
+    if isinstance(weight, NF4Weight) and bias is None:
+        if adapter is None:
+            return nf4_linear_add_(total, x, weight)
+        if adapter.dropout == 0.0 and lora_few.takes(x, [adapter.a], [adapter.b], []):
+            return lora_few.few_add_(total, x, weight, adapter.a, adapter.b, adapter.scale)
+    if adapter is None:
+        return total + base_product(x, weight, bias)
+    a, b, scale, dropout = adapter
+    return total + lora_linear(x, weight, a, b, scale, bias, dropout)
 
 
 def run(products: Sequence[Product], x: Tensor, keep: bool, is_read: bool) -> tuple[list[Tensor], Seen]:

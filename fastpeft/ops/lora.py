@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpeft.ops import lora_kernels, native
+from fastpeft.ops import lora_few, lora_kernels, native
 from fastpeft.ops.dropout import new_seed
 from fastpeft.ops.lora_kernels import Group, Member
 from fastpeft.ops.nf4 import autocast, check_linear, shaped
@@ -348,6 +348,8 @@ def _apply(
     p: float,
 ) -> list[Tensor]:
     x = autocast(x)
+    if p == 0.0 and lora_few.takes(x, a, b, biases):
+        return lora_few.few(x, weights, a, b, scales, biases)
     these = layers(x.dtype, weights, a, b, scales, biases, p)
     seed = new_seed() if p > 0.0 else None
     return list(LoRANode.apply(x, seed, None, these.constants, *these.tensors))  # type: ignore[no-untyped-call]

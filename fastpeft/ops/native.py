@@ -168,6 +168,12 @@ def lora_adapter(a: Tensor, b: Tensor, scale: float) -> object:
     return _C.LoraAdapter(a.data_ptr(), b.data_ptr(), n, r, scale)
 
 
+def lora_few_floats(m: int, ranks: Sequence[int]) -> int:
+    """Float32 words that ``lora_few_project`` writes (csrc/include/fastpeft/lora_few.h)."""
+    floats: int = _C.lora_few_floats(m, list(ranks))
+    return floats
+
+
 def linear_adapter(
     xa: int,
     xa_pitch: int,

@@ -118,9 +118,13 @@ ADAPTERS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.parametrize("blocks", ["own", "fused"])
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_adapters_act_unmerged(kind: str, device: str) -> None:
-    model: Any = _shaken(fastpeft.get_peft_model(tiny("llama").to(device), ADAPTERS[kind]()))
+def test_adapters_act_unmerged(kind: str, blocks: str, device: str) -> None:
+    base = tiny("llama").to(device)
+    if blocks == "fused":
+        fastpeft.accelerate(base)
+    model: Any = _shaken(fastpeft.get_peft_model(base, ADAPTERS[kind]()))
     engine = DecodeEngine(model, max_batch=4)
     with_adapter = own(model, PROMPTS, 8)
     assert tokens_of(engine.generate(PROMPTS, DecodeOptions(max_new_tokens=8))) == with_adapter
@@ -128,6 +132,24 @@ def test_adapters_act_unmerged(kind: str, device: str) -> None:
         without = own(model, PROMPTS, 8)
         assert tokens_of(engine.generate(PROMPTS, DecodeOptions(max_new_tokens=8))) == without
     assert with_adapter != without
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_lora_in_a_16_bit_type(base: str) -> None:
+    """The kernels for few tokens: log-probabilities are those of the model's own forward, up to rounding."""
+    model = tiny("llama").to("cuda", torch.bfloat16)
+    if base == "nf4":
+        fastpeft.quantize(model)
+    fastpeft.accelerate(model)
+    tuned: Any = _shaken(fastpeft.get_peft_model(model, ADAPTERS["lora"]())).eval()
+    engine = DecodeEngine(tuned, max_batch=4)
+    for prompt, found in zip(PROMPTS, engine.generate(PROMPTS, DecodeOptions(max_new_tokens=8)), strict=True):
+        ids = torch.tensor([prompt + found.tokens], device="cuda")
+        with torch.no_grad():
+            logprobs = tuned(input_ids=ids).logits[0].float().log_softmax(-1)
+        expected = logprobs[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None])[:, 0]
+        assert (torch.tensor(found.logprobs) - expected.cpu()).abs().max() < 0.1
 
 
 def test_a_changed_adapter_is_seen_between_calls(device: str) -> None:
