@@ -1,8 +1,8 @@
 """One stack's greedy decoding, in a process of its own: builds the model once, times each batch, prints a line of JSON.
 
 Started by the suite ``decode`` (``python -m bench.decode '{"stack": ...}'``). All decode with a Llama of random
-weights, linear layers in NF4 with double quantisation, a bf16 head and no adapters; a time is that of prompts and new
-tokens together, as a user waits for it.
+weights, linear layers in NF4 with double quantisation and a bf16 head, with or without LoRA adapters beside them; a
+time is that of prompts and new tokens together, as a user waits for it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.case import PeerMissing
-from bench.step import Setup, empty_llama, random_nf4, stdout_to_stderr
+from bench.step import PROJECTIONS, Setup, empty_llama, random_nf4, stdout_to_stderr
 
 Generate = Callable[[Tensor, int], Any]
 
@@ -31,11 +31,13 @@ class DecodeSetup(Setup):
         batches: prompts at a time, each timed by itself.
         prompt_tokens: of each prompt.
         new_tokens: that each gets.
+        adapter: LoRA of ``rank`` on all linear layers but the head, unmerged.
     """
 
     batches: tuple[int, ...] = (1, 16, 64)
     prompt_tokens: int = 128
     new_tokens: int = 64
+    adapter: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,17 +55,28 @@ class Decoding:
 
 def fastpeft(setup: DecodeSetup) -> Decoding:
     """The decoding engine over fused blocks."""
+    from fastpeft.methods import LoraConfig, get_peft_model
     from fastpeft.models import accelerate
     from fastpeft.models.decode import DecodeEngine, DecodeOptions
 
     model = empty_llama(setup, lambda linear: random_nf4(linear.out_features, linear.in_features, setup))
     accelerate(model.eval())
+    if setup.adapter:
+        model = get_peft_model(model, LoraConfig(r=setup.rank, lora_alpha=32, target_modules=list(PROJECTIONS))).eval()
+        shake_adapters(model)
     engine = DecodeEngine(model, max_batch=max(setup.batches))
 
     def generate(ids: Tensor, new_tokens: int) -> Any:
         return engine.generate(ids.tolist(), DecodeOptions(new_tokens))
 
     return Decoding(generate, "paged cache, CUDA graphs")
+
+
+def shake_adapters(model: nn.Module) -> None:
+    """Give up-projections, which begin at zero, values."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.01)
 
 
 def run(setup: DecodeSetup) -> dict[str, Any]:

@@ -13,12 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.decode import DecodeSetup, Decoding
+from bench.case import require
+from bench.decode import DecodeSetup, Decoding, shake_adapters
 from bench.peers.train_step import bitsandbytes_llama
+from bench.step import PROJECTIONS
 
 
 def _hf(setup: DecodeSetup, cache: str | None) -> Decoding:
     model = bitsandbytes_llama(setup).eval()
+    if setup.adapter:
+        peft = require("peft")
+        config = peft.LoraConfig(r=setup.rank, lora_alpha=32, target_modules=list(PROJECTIONS))
+        model = peft.get_peft_model(model, config)
+        shake_adapters(model.eval())
     model.config.use_cache = True
     model.generation_config.eos_token_id = None
     options: dict[str, Any] = {} if cache is None else {"cache_implementation": cache, "disable_compile": True}

@@ -86,14 +86,15 @@ def _setups(options: argparse.Namespace) -> list[DecodeSetup]:
         if not all(batch.isdecimal() and int(batch) > 0 for batch in given):
             raise ValueError(f"--batches is {options.batches!r}; it takes numbers above 0, as 1,16,64")
         sizes["batches"] = tuple(int(batch) for batch in given)
-    base = DecodeSetup(seed=options.seed, **sizes)
+    base = DecodeSetup(seed=options.seed, adapter=options.adapter, **sizes)
     return [base, *(replace(base, stack=peer) for peer in known_names(options.peers, STACKS, "peer"))]
 
 
 def _describe(setup: DecodeSetup) -> str:
+    adapter = f", LoRA of rank {setup.rank} unmerged" if setup.adapter else ""
     return (
         f"Llama of random weights, {setup.layers} layers of {setup.hidden}/{setup.intermediate}, vocabulary "
-        f"{setup.vocab}, NF4; {setup.prompt_tokens} + {setup.new_tokens} tokens, greedy"
+        f"{setup.vocab}, NF4{adapter}; {setup.prompt_tokens} + {setup.new_tokens} tokens, greedy"
     )
 
 
@@ -104,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, help="default 32")
     parser.add_argument("--prompt-tokens", type=int, help="default 128")
     parser.add_argument("--new-tokens", type=int, help="default 64")
+    parser.add_argument("--adapter", action="store_true", help="with LoRA on all linear layers but the head, unmerged")
     parser.add_argument("--steps", type=int, help="timed runs, default 3")
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), help="default: a GPU where there is one; a CPU runs a tiny model"

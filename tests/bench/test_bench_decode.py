@@ -12,8 +12,9 @@ from bench.decode import DecodeSetup
 from bench.suites import decode
 
 
-def test_a_tiny_model_at_two_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["decode", "--device", "cpu", "--peers", "", "--batches", "1,3"], results=tmp_path) == 0
+@pytest.mark.parametrize("more", [[], ["--adapter"]], ids=["base", "adapter"])
+def test_a_tiny_model_at_two_batches(more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["decode", "--device", "cpu", "--peers", "", "--batches", "1,3", *more], results=tmp_path) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("decode")]
     assert [row.split("|")[0].split()[1:] for row in rows] == [["fastpeft", "b=1"], ["fastpeft", "b=3"]]
     assert all("tok/s" in row and "ms a step" in row for row in rows)
