@@ -14,15 +14,15 @@ from fastpeft.optim.formats import local
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Entry:
     """A parameter in its optimizer.
 
     Attributes:
         param: as it was given; may be a DTensor.
         local: this process's part of it, the tensor that is stepped.
-        address: of its first element when it was given.
-        dtype: as it was then.
+        address: of its first element when it was last looked at.
+        dtype: as it was when it was given.
         device: as it was then.
         shape: of ``local``, as it was then.
         options: its group.
@@ -94,22 +94,28 @@ def make_entry(optimizer: str, group: Mapping[str, Any], group_index: int, index
     return Entry(param, part, *place, group, group_index, index, number)
 
 
-def check_place(optimizer: str, entry: Entry) -> None:
-    """Refuse to step a parameter that is not where, or what, it was when the optimizer was made.
+def follow(optimizer: str, entry: Entry) -> bool:
+    """Find a parameter that is to be stepped; it may lie elsewhere than before, as cuDNN's recurrent layers put theirs
+    together whenever a model is sent to a device.
 
+    Returns:
+        Whether it was moved.
     Raises:
-        ValueError: it was moved, cast or reshaped; the state would not fit it.
+        ValueError: it is on another device, or was cast or reshaped; the state would not fit it.
     """
     now = local(entry.param)
     was, is_now = (entry.dtype, entry.device, entry.shape), (now.dtype, now.device, now.shape)
-    if now.data_ptr() == entry.address and was == is_now:
-        return
-    one, other = (f"{dtype} of shape {tuple(shape)} on {device}" for dtype, device, shape in (was, is_now))
-    how = f"it was {one} and is {other}" if was != is_now else "its storage is another one than it was"
-    raise ValueError(
-        f"{optimizer}: {entry.name} was moved after the optimizer was made: {how}; move or cast the model first, then "
-        "make the optimizer. Nothing was updated"
-    )
+    if was != is_now or not now.is_contiguous():
+        one, other = (f"{dtype} of shape {tuple(shape)} on {device}" for dtype, device, shape in (was, is_now))
+        how = f"it was {one} and is {other}" if was != is_now else f"it is not contiguous (strides {now.stride()})"
+        raise ValueError(
+            f"{optimizer}: {entry.name} was changed after the optimizer was made: {how}; move or cast the model first, "
+            "then make the optimizer. Nothing was updated"
+        )
+    if now.data_ptr() == entry.address:
+        return False
+    entry.local, entry.address = now, now.data_ptr()
+    return True
 
 
 def check_gradient(optimizer: str, entry: Entry, grad: Tensor) -> None:

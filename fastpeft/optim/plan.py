@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpeft.ops.adamw import AdamWList
-from fastpeft.optim.parameter import Entry, check_gradient, check_place
+from fastpeft.optim.parameter import Entry, check_gradient, follow
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Plan:
         sees to itself where a gradient is made by autograd.
 
         Raises:
-            ValueError: a parameter was moved, or a gradient cannot be taken; nothing was changed.
+            ValueError: a parameter was changed, or a gradient cannot be taken; nothing was updated.
         """
         for param in self._absent:
             if param.grad is not None:
@@ -111,8 +111,9 @@ class Plan:
         except (TypeError, RuntimeError):  # None or sparse; the new plan says which
             return False
         if self._distributed or list(map(_data_ptr, self._locals)) != self._local_addresses:
-            for entry in self.entries:
-                check_place(optimizer, entry)
+            moved = [follow(optimizer, entry) for entry in self.entries]
+            if any(moved):
+                return False
         if self._distributed or not contiguous:
             self._made = [grad.contiguous() for grad in grads if grad is not None]
             grads, addresses = self._made, list(map(_data_ptr, self._made))
@@ -154,7 +155,7 @@ def draft(optimizer: str, entries: Sequence[Entry]) -> Plan:
         if grad is None:
             absent.append(entry)
             continue
-        check_place(optimizer, entry)
+        follow(optimizer, entry)
         check_gradient(optimizer, entry, grad)
         present.append(entry)
         dtypes.append(grad.dtype)

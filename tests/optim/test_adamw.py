@@ -59,6 +59,37 @@ def test_groups_missing_gradients_and_lr_changes(device: str) -> None:
             assert_optimizer(p, q)
 
 
+@pytest.mark.parametrize("make", FAMILY)
+def test_a_parameter_is_followed_to_other_memory(make: Any, device: str) -> None:
+    """cuDNN's recurrent layers put their weights together whenever a model is sent to its device: P-tuning with an LSTM
+    could not be trained on a GPU.
+    """
+    ours, moved = parameters(device), parameters(device)
+    optimizers = [make(params, lr=1e-2) for params in (ours, moved)]
+    for step in range(4):
+        together = torch.cat([p.detach().flatten() for p in moved])
+        for p, part in zip(moved, together.split([p.numel() for p in moved]), strict=True):
+            if step != 2:
+                p.data = part.view(p.shape)
+        for optimizer, params in zip(optimizers, (ours, moved), strict=True):
+            gradients(params, step)
+            optimizer.step()
+    for p, q in zip(ours, moved, strict=True):
+        assert_exact(p.detach(), q.detach())
+
+
+@pytest.mark.gpu
+def test_recurrent_layers_that_are_sent_to_their_device_again() -> None:
+    lstm = nn.LSTM(8, 8, num_layers=2, bidirectional=True).cuda()
+    optimizer = AdamW(lstm.parameters(), lr=1e-2)
+    for _ in range(3):
+        lstm.to("cuda")
+        before = [p.detach().clone() for p in lstm.parameters()]
+        lstm(torch.randn(3, 2, 8, device="cuda"))[0].square().sum().backward()
+        optimizer.step()
+        assert not any(torch.equal(p, q) for p, q in zip(lstm.parameters(), before, strict=True))
+
+
 def test_more_tensors_than_one_launch_takes(device: str) -> None:
     params = [torch.nn.Parameter(torch.full((i % 5 + 1,), 1.0, device=device)) for i in range(1500)]
     for p in params:

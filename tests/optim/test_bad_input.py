@@ -26,8 +26,8 @@ def broken(what: str, param: nn.Parameter) -> None:
     """Break a parameter, or its gradient, in one way."""
     if what == "sparse gradient":
         param.grad = torch.eye(5, 4).to_sparse()
-    elif what == "another storage":
-        param.data = param.data.clone()
+    elif what == "other strides":
+        param.data = param.data.t().contiguous().t()
     elif what == "another dtype":
         param.data = param.data.double()
     elif what == "another shape":
@@ -44,9 +44,9 @@ def broken(what: str, param: nn.Parameter) -> None:
 
 MESSAGES = {
     "sparse gradient": r"the gradient of 1\.weight is sparse \(torch\.sparse_coo\)",
-    "another storage": r"1\.weight was moved after the optimizer was made: its storage is another one",
-    "another dtype": r"1\.weight was moved .*: it was torch\.float32 of shape \(5, 4\) on cpu and is torch\.float64",
-    "another shape": r"1\.weight was moved .*\(5, 4\) on cpu and is torch\.float32 of shape \(2, 4\)",
+    "other strides": r"1\.weight was changed after the optimizer was made: it is not contiguous \(strides \(1, 5\)\)",
+    "another dtype": r"1\.weight was changed .*: it was torch\.float32 of shape \(5, 4\) on cpu and is torch\.float64",
+    "another shape": r"1\.weight was changed .*\(5, 4\) on cpu and is torch\.float32 of shape \(2, 4\)",
     "gradient of another shape": r"the gradient of 1\.weight has shape \(4, 5\) and the parameter \(5, 4\)",
     "gradient of another dtype": r"the gradient of 1\.weight is torch\.float64",
 }
@@ -84,7 +84,7 @@ def test_a_parameter_that_went_to_the_gpu_is_named() -> None:
     optimizer = AdamW(groups)
     model.cuda()
     model(torch.randn(2, 3, device="cuda")).sum().backward()
-    with pytest.raises(ValueError, match=r"AdamW: 0\.weight was moved .* on cpu and is .* on cuda:0; move or cast"):
+    with pytest.raises(ValueError, match=r"AdamW: 0\.weight was changed .* on cpu and is .* on cuda:0; move or cast"):
         optimizer.step()
 
 
