@@ -6,7 +6,7 @@
 //          table of 256 pairs in shared memory. Every lane has a copy of the table in banks of its own, and its lines
 //          of 256 bytes lie at an offset of 65536, so that one byte permutation makes an address: half an instruction
 //          a weight, where looking up in registers (the tile kernel) takes more than three, on a pipe of half the rate.
-//          While a step is multiplied, the next is looked up; with 64 tokens half a step.
+//          While a step is multiplied, the next is looked up.
 //          A thread block has a warpgroup that fetches and warpgroups for two strips of 64 rows. Up to 64 tokens two
 //          warpgroups share a strip and take every second step of 64 k; their sums meet in shared memory.
 // Numerics Up to 64 tokens: levels rounded to T, the scale applied in float32 to the sum over a step (as for up to 16
@@ -51,7 +51,7 @@ struct Config {
   // Registers change hands within what the block starts with.
   static constexpr int kFetchRegisters = kGroups == 4 ? 32 : 24, kMultiplyRegisters = kGroups == 4 ? 112 : 240;
   static constexpr bool kScaleSums = kTokens <= 64;
-  static constexpr int kBuffers = kTokens == 64 ? 1 : 2;  // of decoded steps; 64 tokens leave registers for one
+  static constexpr int kBuffers = kTokens == 64 ? 1 : 2;  // of decoded weights; 64 tokens leave registers for one
   static constexpr int kOwn = kChunkSteps / kSplits;      // steps of a warpgroup in a chunk, a stage each
   static constexpr int kStages = kTokens == 32 ? 6 : kTokens == 64 ? 5 : 3;
   static constexpr int kStoreTokens = kTokens < 64 ? kTokens : 64;
@@ -312,7 +312,6 @@ __device__ void multiply(const CUtensorMap* map_y, const Problem& p, int group) 
   Ring look{0, 0};  // the stage that is looked up next
   int stage = 0;    // that is multiplied
   uint32_t a[C::kBuffers][16];
-  constexpr int kSlabs = kStep / 16;
   // The lane, read anew at every use: what is derived from it then sits in no register meanwhile.
   const auto read_lane = [] {
     uint32_t lane;
@@ -323,32 +322,29 @@ __device__ void multiply(const CUtensorMap* map_y, const Problem& p, int group) 
     const uint32_t at = C::scales + which * C::kScaleBytes + split * 4 * kTileOut + 4 * first_row;
     return __uint_as_float(load_shared_word(at + (read_lane() & ~3u) + 4 * row));
   };
-  const auto await = [&] { barrier_wait(C::full + 8 * look.at, look.parity); };
-  const auto decode_half = [&](uint32_t* to, int half, float low = 0.0f, float high = 0.0f) {
+  const auto decode = [&](uint32_t(&to)[16]) {
+    barrier_wait(C::full + 8 * look.at, look.parity);
+    float low = 0.0f, high = 0.0f;
+    if constexpr (!C::kScaleSums) low = scale_of(look.at, 0), high = scale_of(look.at, 8);
     const uint32_t lane = read_lane(), row = lane / 4;
     const uint32_t lane_entry = C::table | (C::kScaleSums ? 4 : 8) * lane, selectors = 0x7604 | lane % 4 << 4;
     // Under TMA's swizzle of 32 or 64 bytes; row + 8 has the same.
     const uint32_t swizzle = C::kSplits == 2 ? row / 2 % 4 : row / 4 % 2;
     const uint32_t from =
         C::codes + look.at * C::kCodeBytes + (first_row + row) * C::kLineBytes + ((2 * split ^ swizzle) << 4);
-    const uint32_t at = from ^ half << 4;
-    const uint4 low_codes = load_shared(at), high_codes = load_shared(at + 8 * C::kLineBytes);
-    look_up<T, C::kScaleSums>(low_codes, high_codes, low, high, lane_entry, selectors, to);
-  };
-  const auto decode = [&](uint32_t(&to)[16]) {
-    await();
-    float low = 0.0f, high = 0.0f;
-    if constexpr (!C::kScaleSums) low = scale_of(look.at, 0), high = scale_of(look.at, 8);
-    decode_half(to, 0, low, high);
-    decode_half(to + 8, 1, low, high);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t at = from ^ half << 4;
+      const uint4 low_codes = load_shared(at), high_codes = load_shared(at + 8 * C::kLineBytes);
+      look_up<T, C::kScaleSums>(low_codes, high_codes, low, high, lane_entry, selectors, to + 8 * half);
+    }
     look.advance<C::kStages>();
   };
-  // The slabs of 16 k from `first` to `end` of a step.
-  const auto start = [&](auto& sums, const uint32_t(&weights)[16], int first, int end, bool fresh) {
+  const auto start = [&](auto& sums, const uint32_t(&weights)[16], bool fresh) {
     const uint64_t x = desc_x + stage * (C::kSplits * C::kXBytes >> 4);
     wgmma_fence();
 #pragma unroll
-    for (int t = first; t < end; ++t) {
+    for (int t = 0; t < kStep / 16; ++t) {
       wgmma_registers<T, C::kTokens>(sums, weights + 4 * t, x + kDescriptorStep<false> * t, !fresh || t > 0);
     }
     wgmma_commit();
@@ -364,12 +360,7 @@ __device__ void multiply(const CUtensorMap* map_y, const Problem& p, int group) 
     float d[kSums];
 #pragma unroll
     for (int i = 0; i < kSums; ++i) d[i] = 0.0f;
-    if constexpr (C::kBuffers == 2) {
-      decode(a[0]);
-    } else {
-      await();
-      decode_half(a[0], 0);
-    }
+    if constexpr (C::kBuffers == 2) decode(a[0]);
     int before = 0;
     for (int chunk = 0; chunk < chunks; ++chunk) {
 #pragma unroll
@@ -377,23 +368,12 @@ __device__ void multiply(const CUtensorMap* map_y, const Problem& p, int group) 
         uint32_t(&now)[16] = a[o % C::kBuffers];
         uint32_t(&next)[16] = a[(o + 1) % C::kBuffers];
         const bool more = o + 1 < kOwn || chunk + 1 < chunks;
+        if constexpr (C::kBuffers == 1) decode(now);
         if constexpr (C::kScaleSums) {
           float sums[kSums];
           const float low = scale_of(stage, 0), high = scale_of(stage, 8);
-          if constexpr (C::kBuffers == 2) {
-            start(sums, now, 0, kSlabs, true);
-            if (more) decode(next);
-          } else {  // half a step is multiplied while the other is looked up
-            start(sums, now, 0, kSlabs / 2, true);
-            decode_half(now + 8, 1);
-            look.advance<C::kStages>();
-            start(sums, now, kSlabs / 2, kSlabs, false);
-            if (more) {
-              wgmma_wait<1>();
-              await();
-              decode_half(now, 0);
-            }
-          }
+          start(sums, now, true);
+          if (C::kBuffers == 2 && more) decode(next);
           wgmma_wait<0>();
           release(stage);
 #pragma unroll
@@ -402,7 +382,7 @@ __device__ void multiply(const CUtensorMap* map_y, const Problem& p, int group) 
             d[i] = fmaf(i % 4 < 2 ? low : high, sums[i], d[i]);
           }
         } else {
-          start(d, now, 0, kSlabs, false);
+          start(d, now, false);
           wgmma_wait<1>();
           if (o > 0 || chunk > 0) release(before);
           if (more) decode(next);

@@ -171,7 +171,7 @@ long = pytest.mark.skipif(not os.environ.get("FASTPEFT_LONG_TESTS"), reason="set
 def test_a_verifiable_reward_is_learnt(advantage: str, seed: int, tmp_path: Path, tokenizer: Any) -> None:
     """From a third of digits to nine tenths, and it stays there; behind the switch, five seeds, of which none diverges.
 
-    Single updates fall below: of seed 0 the mean of five was 0.898 at update 40 on one processor, 0.99 before and after.
+    Single updates fall below: of seed 0 the mean of five was 0.898 at update 40 on one processor, and 0.99 at 50.
     """
     changes = {"per_device_train_batch_size": 12}
     if advantage == "group":
