@@ -2,6 +2,7 @@
 #include "bindings/bindings.h"
 #include "common/error.h"
 #include "cpu/features.h"
+#include "fastpeft/capture.h"
 
 namespace py = pybind11;
 
@@ -45,6 +46,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<fastpeft::Context>(m, "Context")
       .def(py::init<std::uintptr_t, int>(), py::arg("stream") = 0, py::arg("threads") = 1);
   m.def("build_info", &build_info);
+  m.def("capture_id", &fastpeft::cuda::capture_id, py::arg("context"));
   fastpeft::bindings::bind_nf4(m);
   fastpeft::bindings::bind_nf4_linear(m);
   fastpeft::bindings::bind_lora(m);

@@ -2,6 +2,7 @@
 #include "common/error.h"
 #include "fastpeft/adamw.h"
 #include "fastpeft/arena.h"
+#include "fastpeft/capture.h"
 #include "fastpeft/cross_entropy.h"
 #include "fastpeft/dropout.h"
 #include "fastpeft/glu.h"
@@ -25,6 +26,7 @@ namespace {
 
 }  // namespace
 
+uint64_t capture_id(const Context&) { return 0; }
 void nf4_quantize(const NF4QuantizeArgs&, const Context&) { refuse("nf4_quantize"); }
 void nf4_quantize_scales(const NF4QuantizeScalesArgs&, const Context&) { refuse("nf4_quantize_scales"); }
 void nf4_dequantize(const NF4DequantizeArgs&, const Context&) { refuse("nf4_dequantize"); }

@@ -7,6 +7,7 @@ threads as torch uses (CPU). Reading the raw stream costs 0.3 us where ``torch.c
 from __future__ import annotations
 
 import ctypes
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
@@ -200,30 +201,46 @@ def device_limits(device: torch.device) -> tuple[int, int, int, bool]:
 
 
 _COUNTER_WORDS = 1 << 20
-_counters: dict[tuple[int, int], Tensor] = {}
+_LEAST_WORDS = 2048
+_MOST_CAPTURES = 8  # under way at a time, whose words are known
+_counters: dict[tuple[int, ...], Tensor] = {}
+_captured_counters: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
 _counter_pools: dict[int, list[Tensor]] = {}
 
 
 def counters(words: int, device: torch.device) -> Tensor:
     """Words that are zero and that no kernel running beside the caller's stream uses; kernels leave them zero.
 
-    A stream has its own. What is captured into a graph gets words of its own for ever, as the graph may be replayed on
-    any stream; they come from a pool made by the first call outside a capture (it waits for the device, once).
+    A stream has its own, and so has a stream of a capture, for ever, as the graph may be replayed on any stream; these
+    come from a pool made by the first call outside a capture (it waits for the device, once).
     """
     index = device.index
+    stream = torch._C._cuda_getCurrentRawStream(index)
     if torch.cuda.is_current_stream_capturing():
-        pool = _counter_pools.get(index)
-        if not pool or pool[0].numel() < words:
-            return torch.zeros(words, dtype=torch.int32, device=device)  # zeroed by each replay: correct, slower
-        taken, pool[0] = pool[0][:words], pool[0][-(-words // 32) * 32 :]
-        return taken
+        return _counters_of_capture(words, device, (index, stream, _C.capture_id(stream_context(device))))
     if index not in _counter_pools:
         _counter_pools[index] = [torch.zeros(_COUNTER_WORDS, dtype=torch.int32, device=device)]
         torch.cuda.synchronize(device)
-    key = (index, torch._C._cuda_getCurrentRawStream(index))
+    key = (index, stream)
     if key not in _counters or _counters[key].numel() < words:
-        _counters[key] = torch.zeros(max(words, 2048), dtype=torch.int32, device=device)
+        _counters[key] = torch.zeros(max(words, _LEAST_WORDS), dtype=torch.int32, device=device)
     return _counters[key]
+
+
+def _counters_of_capture(words: int, device: torch.device, key: tuple[int, ...]) -> Tensor:
+    found = _captured_counters.get(key)
+    if found is not None and found.numel() >= words:
+        return found
+    wanted = -(-max(words, _LEAST_WORDS) // 32) * 32
+    pool = _counter_pools.get(device.index)
+    if pool and pool[0].numel() >= wanted:
+        taken, pool[0] = pool[0][:wanted], pool[0][wanted:]
+    else:
+        taken = torch.zeros(wanted, dtype=torch.int32, device=device)  # zeroed by each replay: correct, slower
+    _captured_counters[key] = taken
+    if len(_captured_counters) > _MOST_CAPTURES:
+        _captured_counters.popitem(last=False)
+    return taken
 
 
 def dtype_number(function: str, dtype: torch.dtype) -> int:
