@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -122,7 +123,39 @@ def _measure(stack: Decoding, batch: int, setup: DecodeSetup) -> dict[str, Any]:
     peak = torch.cuda.max_memory_allocated() if cuda else None
     seconds(1)
     prompts = [seconds(1) for _ in range(setup.steps)]
-    return {"batch": batch, "seconds": whole, "prompt_seconds": prompts, "peak_bytes": peak}
+    result = {"batch": batch, "seconds": whole, "prompt_seconds": prompts, "peak_bytes": peak}
+    if setup.profile and cuda and setup.stack == "fastpeft":
+        result["kernels"] = _kernels_of_steps(lambda: seconds(setup.new_tokens))
+    return result
+
+
+def _kernels_of_steps(generate: Callable[[], Any]) -> list[dict[str, Any]]:
+    """By kernel, the time from the end of the one before it to its own, over the second half of a call: the steps.
+
+    Launches overlap, so that what a kernel takes by itself says little of what a step waits for it.
+    """
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        generate()
+        torch.cuda.synchronize()
+    ends = sorted((e.time_range.end, e.name) for e in recorded.events() if e.device_type == DeviceType.CUDA)
+    return path_by_kernel(ends[len(ends) // 2 :])
+
+
+def path_by_kernel(ends: Sequence[tuple[float, str]]) -> list[dict[str, Any]]:
+    """Microseconds up to each kernel's end since the one before, summed by name, the greatest first.
+
+    Args:
+        ends: when each kernel ended, in us and in order, and its name.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for (before, _), (end, name) in pairwise(ends):
+        row = found.setdefault(name, {"name": name, "calls": 0, "us": 0.0})
+        row["calls"] += 1
+        row["us"] += end - before
+    return sorted(found.values(), key=lambda row: -row["us"])
 
 
 if __name__ == "__main__":

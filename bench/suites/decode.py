@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from bench.suites.train_step import TINY, read_sizes
 
 NAME = "decode"
 ABOUT = "greedy decoding on the shape of Llama-3-8B, each stack in its process; it has options of its own (--help)"
+_SHOWN_KERNELS, _SHOWN_NAME = 12, 90
 _TINY_SHAPE = {name: TINY[name] for name in ("layers", "hidden", "intermediate", "heads", "kv_heads", "vocab")}
 
 
@@ -69,7 +71,18 @@ def format_rows(setup: DecodeSetup, outcome: dict[str, Any], ours: dict[int, dic
         if setup.stack != OURS and batch in ours:
             parts.append(f"fastpeft {format_ratio(seconds / median(ours[batch]['seconds']))}")
         rows.append(" | ".join([*parts, outcome["note"]]))
+        rows += kernel_lines(found.get("kernels", ()))
     return rows
+
+
+def kernel_lines(kernels: Sequence[dict[str, Any]]) -> list[str]:
+    """Share of the steps' time by kernel, from the end of the one before it to its own."""
+    total = sum(kernel["us"] for kernel in kernels)
+    return [
+        f"  {kernel['us'] / total:6.1%} {kernel['us'] / kernel['calls']:8.2f} us {kernel['calls']:6d}x  "
+        f"{kernel['name'][:_SHOWN_NAME]}"
+        for kernel in kernels[:_SHOWN_KERNELS]
+    ]
 
 
 def _setups(options: argparse.Namespace) -> list[DecodeSetup]:
@@ -86,7 +99,7 @@ def _setups(options: argparse.Namespace) -> list[DecodeSetup]:
         if not all(batch.isdecimal() and int(batch) > 0 for batch in given):
             raise ValueError(f"--batches is {options.batches!r}; it takes numbers above 0, as 1,16,64")
         sizes["batches"] = tuple(int(batch) for batch in given)
-    base = DecodeSetup(seed=options.seed, adapter=options.adapter, **sizes)
+    base = DecodeSetup(seed=options.seed, adapter=options.adapter, profile=options.profile, **sizes)
     return [base, *(replace(base, stack=peer) for peer in known_names(options.peers, STACKS, "peer"))]
 
 
@@ -106,6 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt-tokens", type=int, help="default 128")
     parser.add_argument("--new-tokens", type=int, help="default 64")
     parser.add_argument("--adapter", action="store_true", help="with LoRA on all linear layers but the head, unmerged")
+    parser.add_argument(
+        "--profile", action="store_true", help="share of the steps' time by fastpeft's kernels, on a GPU"
+    )
     parser.add_argument("--steps", type=int, help="timed runs, default 3")
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), help="default: a GPU where there is one; a CPU runs a tiny model"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as cli
-from bench.decode import DecodeSetup
+from bench.decode import DecodeSetup, path_by_kernel
 from bench.suites import decode
 
 
@@ -48,3 +48,11 @@ def test_a_row_tells_speed_a_step_and_the_ratio() -> None:
     assert "512 tok/s | 30.16 ms a step | prompts 100.0 ms | peak 6.00 GB | fastpeft 4.0x" in row
     (failed,) = decode.format_rows(setup, {"status": "failed", "detail": "out of memory"}, {})
     assert failed.endswith("| failed: out of memory")
+
+
+def test_time_up_to_a_kernels_end_by_hand() -> None:
+    """Of kernels that overlap, each counts from the end of the one before it."""
+    rows = path_by_kernel([(10.0, "a"), (12.0, "b"), (15.0, "a"), (16.0, "b")])
+    assert rows == [{"name": "b", "calls": 2, "us": 3.0}, {"name": "a", "calls": 1, "us": 3.0}]
+    assert decode.kernel_lines(rows) == ["   50.0%     1.50 us      2x  b", "   50.0%     3.00 us      1x  a"]
+    assert decode.kernel_lines([]) == []
