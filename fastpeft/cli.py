@@ -253,17 +253,19 @@ def generate(
     import torch
 
     from fastpeft.recipes import Chat, converse, generate_answers, load_for_generation, read_model_config, read_prompts
+    from fastpeft.recipes.run_folder import run_template
     from fastpeft.recipes.side_by_side import load_side_by_side, print_answers
     from fastpeft.recipes.yaml_file import Settings
 
     of_model = {"gguf_file": gguf_file, "quantize": quantize, "dtype": dtype}
     stated = {name: value for name, value in of_model.items() if value is not None}
     _refuse_ignored(run, stated, prompt=prompt, input_file=input_file)
+    template = None if run is None else run_template(run, "generate")
     prompts: list[Prompt] | None = None
     if prompt is not None:
         prompts = [prompt]
     elif input_file is not None:
-        prompts = read_prompts(input_file)
+        prompts = read_prompts(input_file, template)
     elif not sys.stdin.isatty():
         prompts = [line.strip() for line in sys.stdin if line.strip()]
         if not prompts:
@@ -284,7 +286,7 @@ def generate(
     if len(adapters) + untuned > 1:
         several = load_side_by_side(run, model=base, adapters=adapters, untuned=untuned)
         torch.manual_seed(seed)
-        print_answers(several, prompts, **options)
+        print_answers(several, prompts, template=template, **options)
         return
     loaded, tokenizer = load_for_generation(run, model=base, adapter=adapters[0] if adapters else None, untuned=untuned)
     torch.manual_seed(seed)
@@ -293,7 +295,9 @@ def generate(
         chat = Chat(loaded, tokenizer, **options)
         converse(chat.say, chat.begin_anew if chat.remembers else None)
         return
-    for asked, answer in zip(prompts, generate_answers(loaded, tokenizer, prompts, **options), strict=True):
+    for asked, answer in zip(
+        prompts, generate_answers(loaded, tokenizer, prompts, template=template, **options), strict=True
+    ):
         line = answer if isinstance(asked, str) else json.dumps({**asked, "generated": answer}, ensure_ascii=False)
         print(line, flush=True)
 

@@ -13,6 +13,7 @@ from fastpeft.data.prompts import PromptDataset, PromptReport, build_prompt_data
 from fastpeft.data.records import load_records, read_records
 from fastpeft.data.sft import IGNORE_INDEX, DataReport, SFTDataset, build_sft_dataset
 from fastpeft.data.split import Split, leak_warning, leaks, split_dataset
+from fastpeft.data.template import RowTemplate
 from fastpeft.data.token_cache import cached_preference_dataset, cached_prompt_dataset, cached_sft_dataset
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "PromptDataset",
     "PromptReport",
     "Record",
+    "RowTemplate",
     "SFTCollator",
     "SFTDataset",
     "Split",

@@ -57,7 +57,8 @@ _SHAREGPT = Form("ShareGPT", ("conversations",))
 _TEXT = Form("text", ("text",))
 _FORMS = (_MESSAGES, _INPUT, Form("prompt/completion", ("prompt", "completion")), _ALPACA, _SHAREGPT)
 _KEY_SETS = [(form, frozenset(form.keys)) for form in _FORMS]  # compared for each of millions of rows
-FORM_NAMES = tuple(form.name for form in (*_FORMS, _TEXT))
+TEMPLATE = "template"  # of rows whose columns a template names (`fastpeft.data.template`)
+FORM_NAMES = (*(form.name for form in (*_FORMS, _TEXT)), TEMPLATE)
 _FORMS_IN_WORDS = (
     "'input' and 'output', 'prompt' and 'completion', 'instruction' and 'output', "
     "'messages', 'conversations', or 'text'"

@@ -13,6 +13,7 @@ from typing import Any, Generic, Literal, TypeVar
 from fastpeft.data.forms import SFT_KEYS, Record, needed_keys, parse_row
 from fastpeft.data.json_lines import rows_of_file
 from fastpeft.data.row_values import RowError, json_type
+from fastpeft.data.template import RowTemplate
 from fastpeft.errors import UserError
 
 OnBadRow = Literal["error", "skip"]
@@ -50,6 +51,7 @@ def read_records(
     limit: int | None = None,
     on_bad_row: OnBadRow = "error",
     name: str | None = None,
+    template: RowTemplate | None = None,
 ) -> RecordSet[Record]:
     """Read training examples from a JSON Lines file or from rows in memory.
 
@@ -58,12 +60,14 @@ def read_records(
         limit: read no more than this many rows.
         on_bad_row: ``"error"`` or ``"skip"``.
         name: what messages call the source; the path as given, or ``"rows"``, if None.
+        template: what of a row is its prompt and its answer; None for rows in a known form.
     Returns:
         The good records and the complaints about the bad ones.
     Raises:
         UserError: the source is missing or empty, or has a bad row and ``on_bad_row`` is ``"error"``, or only bad rows.
     """
-    return read_checked(source, parse_row, SFT_KEYS, limit=limit, on_bad_row=on_bad_row, name=name)
+    parse, needed = (parse_row, SFT_KEYS) if template is None else (template.parse, template.needed)
+    return read_checked(source, parse, needed, limit=limit, on_bad_row=on_bad_row, name=name)
 
 
 def read_checked(
@@ -120,11 +124,12 @@ def read_checked(
     return found
 
 
-def read_prompt_rows(path: str | Path) -> list[Mapping[str, Any]]:
+def read_prompt_rows(path: str | Path, template: RowTemplate | None = None) -> list[Mapping[str, Any]]:
     """Read a JSON Lines file of rows to generate from: rows as in training, whose answers may be absent.
 
     Args:
         path: UTF-8 file, one JSON object a line; blank lines are passed over.
+        template: as for `read_records`.
     Returns:
         The rows as they stand, with whatever other keys they have.
     Raises:
@@ -133,11 +138,12 @@ def read_prompt_rows(path: str | Path) -> list[Mapping[str, Any]]:
     path = Path(path).expanduser()
     rows: list[Mapping[str, Any]] = []
     complaints = []
-    for where, row in rows_of_file(path, str(path), needed_keys(for_prompt=True)):
+    parse, needed = (parse_row, needed_keys(for_prompt=True)) if template is None else (template.parse, template.needed)
+    for where, row in rows_of_file(path, str(path), needed):
         try:
             if isinstance(row, RowError):
                 raise row
-            parse_row(row, where, for_prompt=True)
+            parse(row, where, for_prompt=True)
             rows.append(row)
         except RowError as complaint:
             complaints.append(f"{where}: {complaint}")

@@ -20,6 +20,7 @@ from fastpeft.data.forms import Record
 from fastpeft.data.layout import Encoder, encode_all, fit
 from fastpeft.data.records import OnBadRow, describe_complaints, read_records
 from fastpeft.data.report import Report
+from fastpeft.data.template import RowTemplate
 from fastpeft.errors import UserError
 
 if TYPE_CHECKING:
@@ -152,6 +153,7 @@ def build_sft_dataset(
     max_length: int = 1024,
     on_bad_row: OnBadRow = "error",
     name: str | None = None,
+    template: RowTemplate | None = None,
 ) -> SFTDataset:
     """Read training examples and turn them into token rows with targets on the answers and their EOS.
 
@@ -161,13 +163,14 @@ def build_sft_dataset(
         max_length: tokens a row may have; longer rows lose prompt, never answer.
         on_bad_row: ``"error"`` to list the bad rows and stop, ``"skip"`` to leave them out and count them.
         name: what messages and the report call the source.
+        template: what of a row is its prompt and its answer; None for rows in a known form.
     Returns:
         The data set; its ``report`` says what was kept, cut and dropped.
     Raises:
         UserError: the source cannot be read, has bad rows, or no row of it can be used.
     """
     check_options(max_length, on_bad_row, "build_sft_dataset")
-    found = read_records(source, on_bad_row=on_bad_row, name=name)
+    found = read_records(source, on_bad_row=on_bad_row, name=name, template=template)
     rows = TokenRows(DataReport(found.name, max_length, complaints=found.complaints))
     rows.add(found.records, Encoder(tokenizer))
     rows.report.finish(on_bad_row)

@@ -27,6 +27,7 @@ from fastpeft.data.preferences import fit_together, records_of
 from fastpeft.data.prompts import parse_prompt
 from fastpeft.data.row_values import RowError
 from fastpeft.data.skeleton import Skeleton, find_skeleton
+from fastpeft.data.template import RowTemplate
 from fastpeft.data.token_counts import TokenCounter, is_cut
 from fastpeft.errors import UserError
 
@@ -109,6 +110,7 @@ def survey(
     workers: int | None = None,
     name: str | None = None,
     on_part: Callable[[float], None] | None = None,
+    template: RowTemplate | None = None,
 ) -> Survey:
     """Look at every row of a file.
 
@@ -121,6 +123,7 @@ def survey(
         workers: processes; None for as many as there are processors.
         name: what messages call the file; the path if None.
         on_part: called with the share of the file that is done.
+        template: of kind ``"sft"``, what of a row is its prompt and its answer; None for rows in a known form.
     Raises:
         UserError: the file is no JSON Lines file, or a dialogue cannot end (the tokenizer has no EOS).
     """
@@ -135,7 +138,7 @@ def survey(
         counts = [count_lines(path, *part) for part in parts]
         begins = np.cumsum([0, *counts])[:-1].tolist()
         found.stride = max(1, sum(counts) // sample)
-    surveyor = _Surveyor(tokenizer, kind, max_length)
+    surveyor = _Surveyor(tokenizer, kind, max_length, template)
     tasks = [
         (str(path), start, stop, found.stride, -begin % found.stride)
         for (start, stop), begin in zip(parts, begins, strict=True)
@@ -239,7 +242,9 @@ class _Frame:
 class _Surveyor:
     """Looks at parts of a file; lives in every worker."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, kind: Kind, max_length: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, kind: Kind, max_length: int, template: RowTemplate | None
+    ) -> None:
         self._encoder = Encoder(tokenizer)
         self._counter = TokenCounter(self._encoder, tokenizer)
         self._template = str(tokenizer.chat_template or "")
@@ -248,6 +253,9 @@ class _Surveyor:
         self._max_length = max_length
         self._read = {"sft": self._sft, "preference": self._preference, "prompt": self._prompt}[kind]
         self._needed = {"sft": SFT_KEYS, "preference": COMPARISON_KEYS, "prompt": PROMPT_KEYS}[kind]
+        self._parse: Callable[..., Record] = parse_row
+        if template is not None:
+            self._parse, self._needed = template.parse, template.needed
 
     def __call__(self, task: tuple[str, int, int, int, int]) -> _Part:
         """Look at a part, without the garbage collector: it walks over all that torch has, and there is no garbage."""
@@ -283,7 +291,7 @@ class _Surveyor:
     # Rows to items.
 
     def _sft(self, row: Mapping[str, Any], line: int) -> _Item:
-        record = parse_row(row, "")
+        record = self._parse(row, "")
         empty = any(turn.role == "assistant" and not turn.content for turn in record.turns)
         asked, answer = (record.turns, "") if record.plain else (record.turns[:-1], record.turns[-1].content)
         return _Item(line, [record], *_hashes(asked, answer), EMPTY if empty else 0, _FORM_NUMBERS[record.form])

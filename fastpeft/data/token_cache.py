@@ -14,7 +14,7 @@ import os
 import shutil
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -36,6 +36,7 @@ from fastpeft.data.records import OnBadRow
 from fastpeft.data.report import Report
 from fastpeft.data.row_values import RowError
 from fastpeft.data.sft import DataReport, SFTDataset, TokenRows, check_options
+from fastpeft.data.template import RowTemplate
 from fastpeft.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ _BLOCK = 1 << 24  # bytes hashed at a time
 class _Kind(Generic[_D]):
     """What is cached: how lines become records, records rows, and rows a data set."""
 
-    name: str
+    name: str  # part of the key, so that it tells how lines are read
     parse: Callable[[Mapping[str, Any], str], Any]
     needed: str
     report: type[Report]
@@ -79,6 +80,7 @@ def cached_sft_dataset(
     on_bad_row: OnBadRow = "error",
     name: str | None = None,
     workers: int | None = None,
+    template: RowTemplate | None = None,
 ) -> SFTDataset:
     """Give the rows of a file from the cache; tokenise them by worker processes where they are not in it.
 
@@ -90,13 +92,17 @@ def cached_sft_dataset(
         on_bad_row: ``"error"`` to list the bad rows and stop, ``"skip"`` to leave them out and count them.
         name: what messages and the report call the file; the path if None.
         workers: processes; None for as many as there are processors.
+        template: what of a row is its prompt and its answer; None for rows in a known form.
     Returns:
         The same rows as `build_sft_dataset` gives, mapped into memory.
     Raises:
         UserError: the file cannot be read, has bad rows, or no row of it can be used; the cache cannot be written.
     """
     check_options(max_length, on_bad_row, "cached_sft_dataset")
-    return _cached(_SFT, path, tokenizer, cache_dir, max_length, on_bad_row, name, workers)
+    kind = _SFT
+    if template is not None:
+        kind = replace(_SFT, name=f"sft {template!r}", parse=template.parse, needed=template.needed)
+    return _cached(kind, path, tokenizer, cache_dir, max_length, on_bad_row, name, workers)
 
 
 def cached_preference_dataset(

@@ -120,6 +120,7 @@ def run_check(
             workers=workers,
             name=name,
             on_part=on_part if role == "train" else None,
+            template=config.data.template,
         )
         if role == "eval":
             for trained in report.surveys:
@@ -226,7 +227,7 @@ def _samples(
         options: dict[str, Any] = {"max_length": config.text_length, "name": f"{found.name}:{line}"}
         try:
             if found.kind == "sft":
-                item: Any = build_sft_dataset(row, tokenizer, **options)[0]
+                item: Any = build_sft_dataset(row, tokenizer, template=config.data.template, **options)[0]
                 ids, flags = item["input_ids"], [label >= 0 for label in item["labels"]]
             elif found.kind == "preference":
                 item = build_preference_dataset(row, tokenizer, **options)[0]

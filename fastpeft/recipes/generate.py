@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fastpeft.data import encode_prompt
+from fastpeft.data import RowTemplate, encode_prompt
 from fastpeft.data.json_lines import read_text_lines
 from fastpeft.data.records import read_prompt_rows
+from fastpeft.data.row_values import RowError
 from fastpeft.errors import UserError
 from fastpeft.methods import PeftModel
 from fastpeft.models.decode import DecodeOptions, Decoder, make_decoder
@@ -72,6 +73,7 @@ def generate_answers(
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
     batch_size: int = 8,
+    template: RowTemplate | None = None,
 ) -> Iterator[str]:
     """Answer prompts, in their order.
 
@@ -86,6 +88,7 @@ def generate_answers(
         top_p: the mass of the likeliest tokens that are drawn from; 1 for all.
         repetition_penalty: above 1 makes tokens that are there already less likely.
         batch_size: prompts at a time.
+        template: what of a row is its prompt; None for rows in a known form.
     Returns:
         The answers as they come, without special tokens and surrounding white space.
     Raises:
@@ -101,7 +104,7 @@ def generate_answers(
         top_p=top_p,
         repetition_penalty=repetition_penalty,
     )
-    rows = encode_prompts(prompts, tokenizer)
+    rows = encode_prompts(prompts, tokenizer, template)
     return decoded(make_decoder(model, batch_size), tokenizer, rows, options, batch_size)
 
 
@@ -125,18 +128,28 @@ def decode_options(
     return options
 
 
-def encode_prompts(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def encode_prompts(
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, template: RowTemplate | None = None
+) -> list[list[int]]:
     """Tokens of prompts as training lays them out.
 
+    Args:
+        prompts: texts, which are prompts as they stand, and rows.
+        tokenizer: the one used in training.
+        template: what of a row is its prompt; None for rows in a known form.
     Raises:
         UserError: a prompt cannot be read; the message has its number.
     """
-    return [_encode(prompt, number, tokenizer) for number, prompt in enumerate(prompts, start=1)]
+    return [_encode(prompt, number, tokenizer, template) for number, prompt in enumerate(prompts, start=1)]
 
 
-def _encode(prompt: Prompt, number: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _encode(prompt: Prompt, number: int, tokenizer: PreTrainedTokenizerBase, template: RowTemplate | None) -> list[int]:
     try:
-        return encode_prompt(prompt, tokenizer)
+        if template is None or isinstance(prompt, str):
+            return encode_prompt(prompt, tokenizer)
+        return encode_prompt(template.parse(prompt, "", for_prompt=True), tokenizer)
+    except RowError as error:
+        raise UserError(f"generate: prompt {number}: {error}") from error
     except UserError as error:
         raise UserError(f"generate: prompt {number}: {str(error).removeprefix('encode_prompt: ')}") from error
 
@@ -164,16 +177,19 @@ def in_calls(rows: Sequence[list[int]], batch_size: int) -> Iterator[Sequence[li
         yield rows[first : first + at_once]
 
 
-def read_prompts(path: str | Path) -> list[Prompt]:
+def read_prompts(path: str | Path, template: RowTemplate | None = None) -> list[Prompt]:
     """Read prompts from a file.
 
     Args:
         path: ``.jsonl``: rows in a form that training takes, with or without answers; else text, one prompt a line.
+        template: what of a row is its prompt; None for rows in a known form.
     Raises:
         UserError: the file cannot be read, holds no prompt, or a row has none; the message names the line.
     """
     path = Path(path)
-    prompts: list[Prompt] = [*(read_prompt_rows(path) if path.suffix == ".jsonl" else read_text_lines(path))]
+    rows: Sequence[Prompt]
+    rows = read_prompt_rows(path, template) if path.suffix == ".jsonl" else read_text_lines(path)
+    prompts = [*rows]
     if not prompts:
         raise UserError(f"generate: {path} holds no prompt")
     return prompts

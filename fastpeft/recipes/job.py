@@ -186,6 +186,8 @@ def _dataset(config: RunConfig, job: Job, key: str, tokenizer: transformers.PreT
             f"needs {_SHORTEST} or more"
         )
     options: dict[str, Any] = {"max_length": room, "on_bad_row": config.data.on_bad_row}
+    if config.data.template is not None:
+        options["template"] = config.data.template
     build = functools.partial(job.build_dataset, **options)
     if config.data.cache_dir is not None:
         build = functools.partial(job.cached_dataset, cache_dir=config.data.cache_dir, **options)

@@ -106,17 +106,25 @@ def _translate_template(nemo: NemoSettings) -> None:
     if not nemo.has(name):
         return
     template = nemo.get(name)
-    fields = _template_fields(nemo, name)
-    if fields[1] in str(nemo.get(f"{_TRAIN}.truncation_field", "")).split(","):
+    *asked, label = _template_fields(nemo, name)
+    if label in str(nemo.get(f"{_TRAIN}.truncation_field", "")).split(","):
         raise nemo.refusal(
             f"{_TRAIN}.truncation_field",
-            f"a row that is too long loses prompt here, never its answer; set it to {fields[0]}",
+            f"a row that is too long loses prompt here, never its answer; set it to {asked[0]}",
         )
-    nemo.put("model.chat_template", "none" if template == _PLAIN else jinja_template(template, *fields), name)
+    if (*asked, label) in _ROW_FIELDS:
+        chat_template = "none" if template == _PLAIN else jinja_template(template, asked[0], label)
+        nemo.put("model.chat_template", chat_template, name)
+        return
+    before = template.removesuffix(f"{{{label}}}")
+    prompt = before.rstrip()  # white space before the answer belongs to it, as in `jinja_template`
+    nemo.put("data.prompt_template", prompt, name)
+    nemo.put("data.answer_template", f"{before[len(prompt) :]}{{{label}}}", name)
+    nemo.put("model.chat_template", "none", name)
 
 
-def _template_fields(nemo: NemoSettings, name: str) -> tuple[str, str]:
-    """The fields of prompt and answer in a ``prompt_template`` that can be followed.
+def _template_fields(nemo: NemoSettings, name: str) -> list[str]:
+    """The fields in a ``prompt_template`` that can be followed: of the prompt, and at the end that of the answer.
 
     Raises:
         UserError: it cannot, which the message gives a reason for.
@@ -129,15 +137,11 @@ def _template_fields(nemo: NemoSettings, name: str) -> tuple[str, str]:
         raise nemo.refusal(
             name, f"the answer is what a model learns to write last, so {{{label}}} (label_key) has to end it"
         )
-    if tuple(fields) not in _ROW_FIELDS:
-        known = " or ".join(" and ".join(f"{{{field}}}" for field in pair) for pair in _ROW_FIELDS)
+    if label in fields[:-1] or len(fields) < 2:
         raise nemo.refusal(
-            name,
-            f"rows are read by {known}, each once, and it has {', '.join(f'{{{field}}}' for field in fields)}; write "
-            f"rows with what stands before {{{label}}}, filled in, as 'input' and the answer as 'output', and set it "
-            "to {input}{output}",
+            name, f"it needs a field for what is asked, before {{{label}}}, which is the answer and stands there once"
         )
-    return fields[0], fields[1]
+    return fields
 
 
 def jinja_template(template: str, prompt: str = "input", answer: str = "output") -> str:

@@ -25,12 +25,13 @@ import yaml
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from fastpeft.data import RowTemplate
 from fastpeft.errors import UserError
 from fastpeft.methods import PeftModel
 from fastpeft.recipes.plot import METRICS_FILE, PLOT_FILE
-from fastpeft.recipes.schema import RUN_MARK, ModelConfig, RunConfig, read_model_config
+from fastpeft.recipes.schema import RUN_MARK, ModelConfig, RunConfig, read_model_config, read_row_template
 from fastpeft.recipes.sections import WHOLE_MODEL
-from fastpeft.recipes.yaml_file import read_settings
+from fastpeft.recipes.yaml_file import Settings, read_settings
 from fastpeft.trainers.checkpoint import checkpoint_path, list_steps, sealed_steps
 
 CONFIG_FILE = "config.yaml"
@@ -142,10 +143,7 @@ def run_sources(run: Path, command: str, *, tuned: bool = True) -> tuple[ModelCo
     Raises:
         UserError: it is no run folder, or has no result.
     """
-    config_file = run / CONFIG_FILE
-    if not config_file.is_file():
-        raise UserError(f"{command}: {run} is not a run folder: there is no {CONFIG_FILE} in it")
-    model = read_model_config(read_settings(config_file))
+    model = read_model_config(_settings(run, command))
     if (run / ADAPTER_FOLDER).is_dir():
         return model, run / ADAPTER_FOLDER
     if (run / MODEL_FOLDER).is_dir() and tuned:
@@ -155,6 +153,22 @@ def run_sources(run: Path, command: str, *, tuned: bool = True) -> tuple[ModelCo
         hint = f"; it has {checkpoints[-1].name}: give --adapter {checkpoints[-1]}" if checkpoints else ""
         raise UserError(f"{command}: {run} has no adapter yet{hint}")
     return model, None
+
+
+def run_template(run: Path, command: str) -> RowTemplate | None:
+    """How a run read rows that have columns of their own; None for rows in a known form.
+
+    Raises:
+        UserError: it is no run folder.
+    """
+    return read_row_template(_settings(run, command))
+
+
+def _settings(run: Path, command: str) -> Settings:
+    config_file = run / CONFIG_FILE
+    if not config_file.is_file():
+        raise UserError(f"{command}: {run} is not a run folder: there is no {CONFIG_FILE} in it")
+    return read_settings(config_file)
 
 
 def save_result(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:

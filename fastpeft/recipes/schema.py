@@ -7,10 +7,11 @@ name the line, and come all at once where they do not hide each other.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastpeft.data import RowTemplate
 from fastpeft.errors import UserError
 from fastpeft.models.accelerate import check_checkpointing
 from fastpeft.recipes.fields import hints_of, read_section, section_suggestion
@@ -42,10 +43,12 @@ __all__ = [
     "check_settings",
     "load_config",
     "read_model_config",
+    "read_row_template",
 ]
 
 # Fields of TrainingArguments that only transformers' example scripts read.
 _NO_TRAIN_KEYS = ("do_train", "do_eval", "do_predict", "resume_from_checkpoint")
+_TEMPLATES = ("prompt_template", "answer_template")
 _FROM_ADAPTER = ("dpo", "ppo")  # kinds that can go on from an adapter
 
 
@@ -124,7 +127,7 @@ def check_settings(settings: Settings, kind: str = "sft") -> RunConfig:
 
     peft_section, model_config = read_peft(settings, peft, _model_config(settings, model))
     resume, overwrite = train.pop("resume", False), train.pop("overwrite", False)
-    data_section = _data_section(settings, data)
+    data_section = _data_section(settings, data, kind)
     if data_section.evaluates:
         train.setdefault("eval_strategy", "steps" if "eval_steps" in train else "epoch")
     args = _trainer_config(settings, train, data_section, *KINDS[kind])
@@ -160,12 +163,37 @@ def _nowhere(key: str) -> str:
     return ""
 
 
-def _data_section(settings: Settings, values: dict[str, Any]) -> DataSection:
+def read_row_template(settings: Settings) -> RowTemplate | None:
+    """How a run read its rows, from the ``data`` section of its ``config.yaml``; None for rows in a known form."""
+    data: Any = settings.values.get("data")
+    prompt, answer = (data.get(key) if isinstance(data, Mapping) else None for key in _TEMPLATES)
+    return RowTemplate(prompt, answer) if isinstance(prompt, str) and isinstance(answer, str) else None
+
+
+def _data_section(settings: Settings, values: dict[str, Any], kind: str) -> DataSection:
     if isinstance(values.get("cache_dir"), Path):
         values["cache_dir"] = values["cache_dir"].expanduser().absolute()
     data = DataSection(**values)
     _check_eval(settings, data)
+    _check_template(settings, data, kind)
     return data
+
+
+def _check_template(settings: Settings, data: DataSection, kind: str) -> None:
+    """Refuse half a template, one without fields, and one for rows that are read otherwise."""
+    given = [key for key in _TEMPLATES if getattr(data, key) is not None]
+    if not given:
+        return
+    where = settings.origin("data", given[0])
+    if kind != "sft":
+        raise UserError(f"{where}: data.{given[0]} is for fastpeft sft; {kind} reads rows by their own keys")
+    if len(given) < len(_TEMPLATES):
+        other = next(key for key in _TEMPLATES if key not in given)
+        raise UserError(f'{where}: data.{given[0]} needs data.{other} beside it, such as "{{answer}}"')
+    try:
+        assert data.template is not None
+    except UserError as error:
+        raise UserError(f"{where}: data: {error}") from None
 
 
 def _check_eval(settings: Settings, data: DataSection) -> None:

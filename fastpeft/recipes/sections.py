@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from fastpeft.data import RowTemplate
 from fastpeft.methods import AdapterConfig
 from fastpeft.recipes.yaml_file import Settings
 from fastpeft.trainers import BaseConfig, DPOConfig, PPOConfig, RewardConfig, SFTConfig
@@ -115,6 +116,9 @@ class DataSection:
         eval: held-out rows for the evaluation loss, which is measured every epoch unless ``train`` says otherwise.
         eval_fraction: in place of ``eval``, the share of the training rows to hold out, rows of one prompt together.
         cache_dir: a folder for tokens: made once by worker processes, then mapped into memory.
+        prompt_template: what of a row is its prompt, where rows have columns of their own: text with their names in
+            braces, such as "Context: {context} Question: {question}"; for ``sft`` alone.
+        answer_template: the same of the answer, such as "{answer}".
         max_length: tokens a row may have; a longer row loses the start of its prompt, never of its answer.
         on_bad_row: "error" stops at rows that cannot be used, "skip" leaves them out and counts them.
     """
@@ -123,6 +127,8 @@ class DataSection:
     eval: Path | None = None
     eval_fraction: float | None = None
     cache_dir: Path | None = None
+    prompt_template: str | None = None
+    answer_template: str | None = None
     max_length: int = 1024
     on_bad_row: Literal["error", "skip"] = "error"
 
@@ -133,6 +139,13 @@ class DataSection:
             return [(self.train, None)]
         given: list[dict[str, Any]] = [file if isinstance(file, dict) else {"path": file} for file in self.train]
         return [(Path(file["path"]), file.get("weight")) for file in given]
+
+    @property
+    def template(self) -> RowTemplate | None:
+        """How rows are read that have columns of their own."""
+        if self.prompt_template is None or self.answer_template is None:
+            return None
+        return RowTemplate(self.prompt_template, self.answer_template)
 
     @property
     def evaluates(self) -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from fastpeft.data import RowTemplate
 from fastpeft.errors import UserError
 from fastpeft.methods import PeftModel
 from fastpeft.models.decode import Decoder, make_decoder
@@ -59,6 +60,7 @@ class SideBySide:
         *,
         batch_size: int = 8,
         decoder: Decoder | None = None,
+        template: RowTemplate | None = None,
         **options: Any,
     ) -> Iterator[dict[str, str]]:
         """Answer prompts in every way, in their order.
@@ -67,6 +69,7 @@ class SideBySide:
             prompts: as for ``generate_answers``.
             batch_size: prompts at a time.
             decoder: of this model, to go on with; None makes one.
+            template: as for ``generate_answers``.
             options: the others of ``generate_answers``. With a temperature every adapter has the same draws, so that
                 answers differ by what the adapters learned, and are those that each gives alone.
         Returns:
@@ -75,7 +78,7 @@ class SideBySide:
             UserError: a prompt cannot be read, or a number is out of range.
         """
         checked = decode_options(self.model, self.tokenizer, batch_size, **options)
-        rows = encode_prompts(prompts, self.tokenizer)
+        rows = encode_prompts(prompts, self.tokenizer, template)
         decoder = decoder or make_decoder(self.model, batch_size)
 
         def each() -> Iterator[dict[str, str]]:

@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from fastpeft.cli import main
+from fastpeft.data import RowTemplate, build_sft_dataset
 from fastpeft.errors import UserError
 from fastpeft.methods import BottleneckAdapterConfig, FullConfig, IA3Config, LoraConfig, PromptEncoderConfig
 from fastpeft.recipes import load_nemo
@@ -132,6 +133,25 @@ def test_the_template_of_a_file_is_that_of_generation(nemo: Path, fields: tuple[
     turns = [{"role": "user", "content": "Hi {there}"}, {"role": "assistant", "content": "Yo"}]
     assert tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True) == "Q: Hi {there}\n\nA:"
     assert tokenizer.apply_chat_template(turns, tokenize=False) == "Q: Hi {there}\n\nA: Yo"
+
+
+def test_a_template_of_other_fields(nemo: Path, write_rows: Any) -> None:
+    """As NeMo's own for SQuAD: the prompt has two fields, and white space before the answer belongs to it."""
+    rows = [{"context": f"{n} cups.", "question": "How many?", "answer": f"{n}"} for n in range(8)]
+    write_rows(nemo / "train.jsonl", rows)
+    given = [
+        'model.data.train_ds.prompt_template="Context: {context} Question: {question} Answer: {answer}"',
+        "model.data.train_ds.label_key=answer",
+        "model.data.train_ds.truncation_field=context",
+    ]
+    config = load_nemo("nemo.yaml", given).config
+    assert config.data.template == RowTemplate("Context: {context} Question: {question} Answer:", " {answer}")
+    assert config.model.chat_template == "none"
+    tokenizer = load_tokenizer(config.model)
+    row = build_sft_dataset(rows[:1], tokenizer, template=config.data.template)[0]
+    text = tokenizer.decode(row["input_ids"], skip_special_tokens=True)
+    assert text == "Context: 0 cups. Question: How many? Answer: 0"
+    assert run("finetune", "nemo.yaml", *given) == 0
 
 
 # --- methods ---
@@ -345,9 +365,8 @@ def test_the_shorter_of_steps_and_epochs_ends_the_run(nemo: Path) -> None:
         (["model.data.train_ds.add_eos=false"], "an answer ends with EOS here"),
         (["model.answer_only_loss=false"], "model.answer_only_loss is false; the loss is on answers alone here"),
         (
-            ["model.data.train_ds.prompt_template='{question} {answer}'", "model.data.train_ds.label_key=answer"],
-            "prompt_template is '{question} {answer}' (text); rows are read by {input} and {output} or "
-            "{prompt} and {completion}, each once, and it has {question}, {answer}; write rows with what stands",
+            ["model.data.train_ds.prompt_template='{answer} {answer}'", "model.data.train_ds.label_key=answer"],
+            "it needs a field for what is asked, before {answer}, which is the answer and stands there once",
         ),
         (
             ["model.data.train_ds.prompt_template='{input} {output}'", "model.data.train_ds.label_key=answer"],

@@ -319,6 +319,23 @@ def test_a_bad_prompt_in_memory_is_named_by_its_number(job: Path, model_folder: 
     )
 
 
+def test_rows_with_columns_of_their_own(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trained on, checked, and generated from, by the run's templates; texts on the command line are whole prompts."""
+    rows = [{"context": f"There are {n} cups.", "question": "How many?", "answer": f"{n} cups"} for n in range(8)]
+    (job / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ['data.prompt_template="{context} {question}"', 'data.answer_template="{answer}"']
+    assert run("check", "job.yaml", *options) == 0
+    assert run("sft", "job.yaml", *options) == 0
+    assert "form: template" in capsys.readouterr().out
+    assert run("generate", "out", "--input", "train.jsonl", "--max-new-tokens", "2") == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [{key: row[key] for key in rows[0]} for row in told] == rows
+    assert run("generate", "out", "--prompt", "There are 0 cups. How many?", "--max-new-tokens", "2") == 0
+    assert capsys.readouterr().out.strip() == told[0]["generated"]
+    assert run("generate", "out", "--input", "job.yaml", "--max-new-tokens", "1") == 0, "lines of text are prompts"
+    assert run("sft", "job.yaml", "train.overwrite=true") == 2, "without templates the rows are of no form"
+
+
 def test_control_c_saves_and_is_code_130(
     job: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ):

@@ -66,7 +66,8 @@ def test_an_evaluation_file_is_used(job: Path):
             "  max_length:",
             "  zzz:",
             "job.yaml:11: unknown key 'zzz' in data; "
-            "the keys are train, eval, eval_fraction, cache_dir, max_length, on_bad_row",
+            "the keys are train, eval, eval_fraction, cache_dir, prompt_template, answer_template, max_length, "
+            "on_bad_row",
         ),
         (
             "dtype: float32",
@@ -78,6 +79,16 @@ def test_an_evaluation_file_is_used(job: Path):
             "dtype: float32",
             "accelerate: false\n  checkpointing: full",
             "job.yaml:4: model.checkpointing is about fused layers, and model.accelerate is false; set it to true",
+        ),
+        (
+            "  max_length:",
+            "  prompt_template: '{q}'\n  max_length:",
+            'job.yaml:11: data.prompt_template needs data.answer_template beside it, such as "{answer}"',
+        ),
+        (
+            "  max_length:",
+            "  prompt_template: Hi\n  answer_template: '{a}'\n  max_length:",
+            "job.yaml:11: data: the template of the prompt is 'Hi'; it needs a field of a row, such as {prompt}",
         ),
         ("r: 4", "r: four", "job.yaml:6: peft.r is 'four' (text); it takes a whole number"),
         ("r: 4", "r: true", "job.yaml:6: peft.r is true; it takes a whole number"),
