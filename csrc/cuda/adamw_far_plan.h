@@ -1,9 +1,8 @@
 // Which rows of a list are in which slot at once, and what travels: pure host code.
 //
 // Plan     Rows fill one slot after another and are cut where a slot ends, at whole chunks. State that lies in one
-// range
-//          of addresses travels in one copy, small gaps (padding) included; all of it stays on the 16-byte grid as it
-//          lay on the host.
+//          range of addresses travels in one copy, small gaps (padding) included; all of it stays on the 16-byte grid
+//          as it lay on the host.
 #pragma once
 
 #include <algorithm>

@@ -1,8 +1,7 @@
 // Launches the small products of a LoRA linear (lora_*_kernel.cuh), and checks what they are given.
 //
-// Limits   k % 8 == 0 and n % 8 == 0, rows at 16-byte boundaries, sizes below 2^30. Ranks beyond what a kernel holds go
-// by
-//          slices, each with a pass of its own.
+// Limits   k % 8 == 0 and n % 8 == 0, rows at 16-byte boundaries, sizes below 2^30. Ranks beyond what a kernel holds
+//          go by slices, each with a pass of its own.
 #include "fastpeft/lora.h"
 
 #include "cuda/device/launch.cuh"

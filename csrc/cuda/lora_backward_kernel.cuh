@@ -3,12 +3,11 @@
 //
 // Layout   dy, xa, dxa: T, row-major, rows at 16-byte boundaries; B, dB: float, row-major; n % 8 == 0
 // Plan     A thread block owns kColumns of dy in a slab of tokens, and goes through them kTokens at a time. The tile
-// lies
-//          in shared memory for both products: for dB a warp takes 64 columns and keeps their sums in registers through
-//          the slab; for dxa it takes 16 tokens by a quarter of the columns, and four warps' sums meet in shared
-//          memory. Sums of a block of columns (dxa) and of a slab (dB) go to a workspace in float, and a second kernel
-//          adds them in order, applies the scale and rounds. It also makes the copy of A that the base product wants
-//          next.
+//          lies in shared memory for both products: for dB a warp takes 64 columns and keeps their sums in registers
+//          through the slab; for dxa it takes 16 tokens by a quarter of the columns, and four warps' sums meet in
+//          shared memory. Sums of a block of columns (dxa) and of a slab (dB) go to a workspace in float, and a
+//          second kernel adds them in order, applies the scale and rounds. It also makes the copy of A that the base
+//          product wants next.
 // Source   fragment layouts: PTX ISA, mma.m16n8k16 and ldmatrix.
 #pragma once
 

@@ -1,14 +1,13 @@
 // The low-rank terms of LoRA linears for few tokens.
 //
 // Plan     Both kernels wait for latency and not for bytes: for rank 16 an adapter is below a megabyte. So k is cut
-// into
-//          shares, each a block's, and no block waits for another: the second kernel adds the shares.
-//          project: a warp has 16 rows of A and steps of 64 k. A is the 16-row side of mma.m16n8k16, tokens its 8-wide
-//          side; lane t of a quad takes the 16 consecutive k at 16t of both, as the order of a sum is free. Warps meet
-//          in shared memory.
+//          into shares, each a block's, and no block waits for another: the second kernel adds the shares.
+//          project: a warp has 16 rows of A and steps of 64 k. A is the 16-row side of mma.m16n8k16, tokens its
+//          8-wide side; lane t of a quad takes the 16 consecutive k at 16t of both, as the order of a sum is free.
+//          Warps meet in shared memory.
 //          add: a thread has a column of y, that is a row of B, and up to 16 tokens.
-//          A and B are asked for while the kernel before ends (device/ptx.cuh): what writes weights never lets the next
-//          kernel start.
+//          A and B are asked for while the kernel before ends (device/ptx.cuh): what writes weights never lets the
+//          next kernel start.
 // Limits   k % 64 == 0, up to 64 tokens; A and x at 16-byte boundaries.
 #include "fastpeft/lora_few.h"
 

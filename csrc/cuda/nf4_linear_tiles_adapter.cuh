@@ -1,16 +1,15 @@
 // What the tile kernel needs for a low-rank adapter: y += xa[m, r] B^T forward, and, backward, dx += drop(dxa[m, r] A).
 //
 // Plan     The rank is taken in pieces of 16, by the warpgroups that multiply and nobody else: each brings a piece of
-// xa
-//          into its own half of the tile that stores of y go through, which is free from one item's store to the next,
-//          and reads its 64 rows of the adapter's matrix straight into registers, where wgmma takes them. An item that
-//          ends the depth asks for a piece, does one more chunk meanwhile and adds the piece's product. The ring of x
-//          and decoded weights takes no part: it used to hold the adapter's operands as one more chunk, and ran empty
-//          there at the end of every item. Pieces come last, so that what comes before need not wait for xa; where xa
-//          is still being made they come behind the item's last chunk. With dropout a piece's products are made a few
-//          at a time and added where the mask keeps them. The mask's bits are drawn while the tensor cores are at work
-//          on the base: a quarter of a call of the generator every step, half where there are few steps
-//          (fastpeft/dropout.h).
+//          xa into its own half of the tile that stores of y go through, which is free from one item's store to the
+//          next, and reads its 64 rows of the adapter's matrix straight into registers, where wgmma takes them. An
+//          item that ends the depth asks for a piece, does one more chunk meanwhile and adds the piece's product. The
+//          ring of x and decoded weights takes no part: it used to hold the adapter's operands as one more chunk, and
+//          ran empty there at the end of every item. Pieces come last, so that what comes before need not wait for
+//          xa; where xa is still being made they come behind the item's last chunk. With dropout a piece's products
+//          are made a few at a time and added where the mask keeps them. The mask's bits are drawn while the tensor
+//          cores are at work on the base: a quarter of a call of the generator every step, half where there are few
+//          steps (fastpeft/dropout.h).
 #pragma once
 
 #include <cuda.h>

@@ -2,10 +2,9 @@
 //
 // Layout   a token's row of a head is 16-byte packs
 // Plan     kLanes lanes share a token, a pack each; so a warp reads 32 / kLanes tokens an instruction, and has two
-// rounds
-//          of kAtOnce of them under way, keys and values both: each lane copies what it will read itself into shared
-//          memory (cp.async), which costs no registers and needs no barrier. Each group of lanes keeps a softmax of its
-//          own; groups, then warps, then parts are summed at the end, in a fixed order.
+//          rounds of kAtOnce of them under way, keys and values both: each lane copies what it will read itself into
+//          shared memory (cp.async), which costs no registers and needs no barrier. Each group of lanes keeps a
+//          softmax of its own; groups, then warps, then parts are summed at the end, in a fixed order.
 // Source   online softmax: Milakov and Gimelshein, arXiv 1805.02867.
 #pragma once
 

@@ -1,11 +1,10 @@
 // Attention over pages for 16-bit types: scores and sums on the tensor cores.
 //
-// Plan     A warp takes every fourth tile of 16 tokens of its block's part, and has three halves of tiles, keys or
-// values,
-//          under way in a ring of its own (cp.async), which needs no barrier between warps. Heads of q are the rows of
-//          mma.m16n8k16, half of them empty: so scores come out as the operand by which the values, turned over, are
-//          multiplied.
-//          Each warp keeps a softmax of its own over its tokens. The new token is put into its tile by hand.
+// Plan     A warp takes every fourth tile of 16 tokens of its block's part. It has three halves of tiles, keys or
+//          values, under way in a ring of its own (cp.async), which needs no barrier between warps. Heads of q are the
+//          rows of mma.m16n8k16, half of them empty: so scores come out as the operand by which the values, turned
+//          over, are multiplied. Each warp keeps a softmax of its own over its tokens. The new token is put into its
+//          tile by hand.
 // Layout   a token of a half tile is kDim elements; its 16-byte packs change places with the token's number, so that
 //          ldmatrix finds eight tokens in different banks. Columns beyond the head's and tokens beyond the part are
 //          zero.

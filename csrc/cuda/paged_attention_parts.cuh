@@ -1,9 +1,8 @@
 // Attention of one new token a row over pages, what its two kernels share: a block's place, and the sums of parts.
 //
 // Plan     A block has one row, one head of k with up to a group of heads of q, and one part of the row's tokens; so
-// keys
-//          and values are read once. The heads of q and the new key are rotated once a block. The part with the last
-//          token takes the new key and value from there, and writes them to their page for the next steps.
+//          keys and values are read once. The heads of q and the new key are rotated once a block. The part with the
+//          last token takes the new key and value from there, and writes them to their page for the next steps.
 //          Tokens are cut into parts here, by the row's length, since a captured graph is replayed with any length.
 // Source   parts and their sum: Dao et al., "Flash-Decoding for long-context inference", 2023.
 #pragma once

@@ -28,6 +28,8 @@ def takes(x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], tensors: Sequence
         b: ``(n, r)`` of each.
         tensors: what else would be differentiated.
     """
+    if torch.compiler.is_compiling():  # which knows no addresses
+        return False
     k = x.shape[-1]
     if not x.is_cuda or x.dtype not in (torch.float16, torch.bfloat16) or not 0 < x.numel() <= MOST_TOKENS * k:
         return False
