@@ -242,7 +242,10 @@ def _unrecognised(row: Mapping[str, Any], for_prompt: bool) -> str:
     # The more keys are there or nearly so, and the fewer are not, the likelier is a form.
     form = max(forms, key=lambda form: (present[form], len(near[form]), -len(form.keys)))
     if not present[form] and not near[form]:
-        return f"no key of a known form; found {listed}; a row needs the keys {_FORMS_IN_WORDS}"
+        return (
+            f"no key of a known form; found {listed}; a row needs the keys {_FORMS_IN_WORDS}, or "
+            "data.prompt_template and data.answer_template to say what its own mean"
+        )
     missing = [key for key in form.keys if key not in row]
     hints = [f"{key!r} where it says {near[form][key]!r}" for key in missing if key in near[form]]
     return f"no key{'s' if len(missing) > 1 else ''} {' and '.join(map(repr, missing))}; found {listed}" + (
