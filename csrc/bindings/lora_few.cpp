@@ -6,6 +6,7 @@
 
 #include "bindings/bindings.h"
 #include "common/error.h"
+#include "cuda/lora_few_config.h"
 
 namespace py = pybind11;
 
@@ -28,12 +29,11 @@ LoraFewArgs few_args(const char* function, Address x, int dtype, int64_t rows, i
 void bind_lora_few(py::module_& m) {
   m.def(
       "lora_few_floats",
-      [](int64_t rows, const std::vector<int64_t>& ranks) {
-        int64_t columns = 0;
-        for (const int64_t r : ranks) columns += few_rank(r);
-        return kFewShares * rows * columns;
+      [](int64_t rows, int64_t k, const std::vector<int64_t>& ranks, int dtype, int architecture) {
+        return cuda::lora_few_floats(rows, k, ranks.data(), static_cast<int64_t>(ranks.size()),
+                                     static_cast<DType>(dtype), architecture);
       },
-      py::arg("m"), py::arg("ranks"));
+      py::arg("m"), py::arg("k"), py::arg("ranks"), py::arg("dtype"), py::arg("architecture"));
   m.def(
       "lora_few_project",
       [](Address x, int dtype, int64_t rows, int64_t k, const std::vector<LoraAdapter>& adapters, Address sums,

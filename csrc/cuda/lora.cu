@@ -17,13 +17,6 @@
 namespace fastpeft::cuda {
 namespace {
 
-template <typename Body>
-void dispatch_16bit(const char* function, DType dtype, const Body& body) {
-  if (dtype == DType::kBFloat16) return body(BFloat16{});
-  if (dtype == DType::kFloat16) return body(Float16{});
-  throw ArgumentError(concat(function, ": x is not of a 16-bit type; use float16 or bfloat16"));
-}
-
 void check_sizes(const char* function, int64_t m, int64_t columns, const char* name, double p) {
   constexpr int64_t kMostSize = 1 << 30;
   check(m >= 0 && columns > 0 && m < kMostSize && columns < kMostSize && columns % 8 == 0, function, ": m is ", m,

@@ -17,12 +17,13 @@
 #include "cuda/device/launch.cuh"
 #include "cuda/device/numbers.cuh"
 #include "cuda/device/ptx.cuh"
+#include "cuda/lora_few_config.h"
 
 namespace fastpeft::cuda {
 namespace {
 
-constexpr int kStep = 64;      // of k, of a warp
-constexpr int kTileRank = 16;  // rows of A, of a block
+constexpr int kStep = kFewStep;          // of k, of a warp
+constexpr int kTileRank = kFewRankTile;  // rows of A, of a block
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 
 // Which adapter a block has, by the first block of each.
@@ -50,7 +51,7 @@ int64_t lay_out(const LoraFewArgs& args, Adapters& adapters, const BlocksOf& blo
     adapters.each[i] = args.adapters[i];
     adapters.first_column[i] = static_cast<int>(columns);
     blocks += blocks_of(args.adapters[i]);
-    columns += few_rank(args.adapters[i].r);
+    columns += few_columns(args.adapters[i].r);
   }
   adapters.columns = static_cast<int>(columns);
   return blocks;
@@ -237,30 +238,23 @@ void launch_add(const AddProblem& p, int64_t blocks, const Context& context) {
 
 // --- both ------------------------------------------------------------------------------------------------------------
 
-template <typename Body>
-void dispatch_16bit(const LoraFewArgs& args, const Body& body) {
-  if (args.dtype == DType::kBFloat16) return body(BFloat16{});
-  if (args.dtype == DType::kFloat16) return body(Float16{});
-  throw ArgumentError("lora_few: x is not of a 16-bit type; use float16 or bfloat16");
-}
-
-void check_few(const LoraFewArgs& args) {
-  check(args.m > 0 && args.m <= kMostFewTokens && args.k > 0 && args.k % kStep == 0 && args.k < (1 << 30),
-        "lora_few: m is ", args.m, " and k is ", args.k, "; needs 1 to ", kMostFewTokens, ", and a multiple of ",
-        kStep);
-  check(args.count >= 1 && args.count <= kMostAdapters, "lora_few: ", args.count, " adapters; needs 1 to ",
+void check_few(const char* function, const LoraFewArgs& args) {
+  check(args.count >= 1 && args.count <= kMostAdapters, function, ": ", args.count, " adapters; needs 1 to ",
         kMostAdapters);
+  int64_t ranks[kMostAdapters] = {};
   for (int64_t i = 0; i < args.count; ++i) {
     const LoraAdapter& adapter = args.adapters[i];
-    check(adapter.r >= 1 && adapter.r < (1 << 16) && adapter.n >= 1 && adapter.n < (1 << 30), "lora_few: adapter ", i,
-          " has rank ", adapter.r, " and n ", adapter.n);
+    ranks[i] = adapter.r;
+    check(adapter.n >= 1 && adapter.n < (1 << 30), function, ": adapter ", i, " has n ", adapter.n);
   }
+  check(lora_few_floats(args.m, args.k, ranks, args.count, args.dtype, device_limits().architecture) > 0, function,
+        ": takes no call of m = ", args.m, ", k = ", args.k, "; the caller has to ask before");
 }
 
 }  // namespace
 
 void lora_few_project(const LoraFewArgs& args, const Context& context) {
-  check_few(args);
+  check_few("lora_few_project", args);
   ProjectProblem p{};
   p.x = args.x, p.sums = args.sums, p.m = static_cast<int>(args.m), p.k = static_cast<int>(args.k);
   const int64_t tiles =
@@ -269,7 +263,7 @@ void lora_few_project(const LoraFewArgs& args, const Context& context) {
   for (int64_t i = 0; i < args.count; ++i) {
     check(is_aligned(args.adapters[i].a), "lora_few: A of adapter ", i, " is not aligned to 16 bytes");
   }
-  dispatch_16bit(args, [&](auto zero) {
+  dispatch_16bit("lora_few_project", args.dtype, [&](auto zero) {
     using T = decltype(zero);
     if (p.m <= 8) return launch_project<T, 1>(p, tiles, context);
     if (p.m <= 16) return launch_project<T, 2>(p, tiles, context);
@@ -279,7 +273,7 @@ void lora_few_project(const LoraFewArgs& args, const Context& context) {
 }
 
 void lora_few_add(const LoraFewArgs& args, const Context& context) {
-  check_few(args);
+  check_few("lora_few_add", args);
   AddProblem p{};
   p.sums = args.sums, p.m = static_cast<int>(args.m);
   std::copy(args.y, args.y + args.count, p.y);
@@ -288,7 +282,7 @@ void lora_few_add(const LoraFewArgs& args, const Context& context) {
       lay_out(args, p.adapters, [](const LoraAdapter& adapter) { return ceil_div(adapter.n, kColumns); });
   const int tokens = p.m <= 4 ? 4 : p.m <= 8 ? 8 : 16;
   p.groups = static_cast<int>(ceil_div(p.m, tokens));
-  dispatch_16bit(args, [&](auto zero) {
+  dispatch_16bit("lora_few_add", args.dtype, [&](auto zero) {
     using T = decltype(zero);
     if (tokens == 4) return launch_add<T, 4>(p, blocks, context);
     if (tokens == 8) return launch_add<T, 8>(p, blocks, context);

@@ -17,9 +17,9 @@
 
 namespace fastpeft::cuda::paged {
 
-constexpr int kTile = 16;  // tokens
-constexpr int kSlots = 3;  // half tiles of a warp's ring
-constexpr int kMmaGroup = 8;
+constexpr int kTile = 16;     // tokens
+constexpr int kSlots = 3;     // half tiles of a warp's ring
+constexpr int kMmaGroup = 8;  // heads of q: the most that paged_attention_plan gives a block
 
 template <int kDim>
 struct MmaLayout {

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastpeft.data.row_values import NEAR, RowError, json_type, near_names, text_at
+from fastpeft.data.row_values import NEAR, RowError, json_type, missing_keys, near_names, text_at
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -182,14 +182,11 @@ def parse_messages(messages: Any, for_prompt: bool, key: str = "messages") -> tu
 
 def _missing_in_turn(message: Mapping[str, Any], wanted: Sequence[str]) -> str:
     """What a turn lacks, and where it would be right if it is written in another way."""
-    missing = [key for key in wanted if key not in message]
-    told = f"no key {' and '.join(map(repr, missing))}; found {', '.join(map(repr, message)) or 'nothing'}"
+    told, hint = missing_keys(wanted, message)
     for other in _DIALECTS:
         if other.role_key not in wanted and other.role_key in message and other.content_key in message:
             return f"{told}; such turns stand under the key {other.key!r}"
-    near = near_names(wanted, [str(key) for key in message])
-    hints = [f"{key!r} where it says {near[key]!r}" for key in missing if key in near]
-    return told + (f"; did you mean {' and '.join(hints)}?" if hints else "")
+    return told + hint
 
 
 def _recognise(row: Mapping[str, Any], for_prompt: bool) -> Form:

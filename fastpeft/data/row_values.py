@@ -34,6 +34,15 @@ def near_names(wanted: Sequence[str], found: Sequence[str]) -> dict[str, str]:
     return near
 
 
+def missing_keys(wanted: Sequence[str], holder: Mapping[str, Any]) -> tuple[str, str]:
+    """What to say of keys that a row or a turn lacks: which, and which of its own may be meant, if any."""
+    missing = [key for key in dict.fromkeys(wanted) if key not in holder]
+    near = near_names(wanted, [str(key) for key in holder])
+    hints = [f"{key!r} where it says {near[key]!r}" for key in missing if key in near]
+    told = f"no key {' and '.join(map(repr, missing))}; found {', '.join(map(repr, holder)) or 'nothing'}"
+    return told, f"; did you mean {' and '.join(hints)}?" if hints else ""
+
+
 def text_at(holder: Mapping[str, Any], key: str, place: str = "") -> str:
     """The string at a key."""
     value = holder[key]

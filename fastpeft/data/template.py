@@ -9,12 +9,12 @@ letters, digits and underscores in braces; other braces are text.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fastpeft.data.forms import TEMPLATE, Message, Record
-from fastpeft.data.row_values import RowError, json_type, near_names, text_at
+from fastpeft.data.row_values import RowError, json_type, missing_keys, text_at
 from fastpeft.errors import UserError
 
 _FIELD = re.compile(r"\{(\w+)\}")
@@ -61,9 +61,8 @@ class RowTemplate:
             raise RowError(f"a row is {json_type(row)}; it must be an object with {self.needed}")
         has_answer = all(key in row for key in _fields(self.answer))
         wanted = [*_fields(self.prompt), *(_fields(self.answer) if has_answer or not for_prompt else ())]
-        missing = [key for key in dict.fromkeys(wanted) if key not in row]
-        if missing:
-            raise RowError(_missing(missing, wanted, row))
+        if any(key not in row for key in wanted):
+            raise RowError("".join(missing_keys(wanted, row)))
         answer = _filled(self.answer, row) if has_answer else ""
         turns = Message("user", _filled(self.prompt, row)), Message("assistant", answer)
         return Record(turns, where, form=TEMPLATE)
@@ -82,10 +81,3 @@ def _filled(template: str, row: Mapping[str, Any]) -> str:
         return str(row[key]) if is_number else text_at(row, key)
 
     return _FIELD.sub(value, template)
-
-
-def _missing(missing: Sequence[str], wanted: Sequence[str], row: Mapping[str, Any]) -> str:
-    told = f"no key {' and '.join(map(repr, missing))}; found {', '.join(map(repr, row)) or 'nothing'}"
-    near = near_names(wanted, [str(key) for key in row])
-    hints = [f"{key!r} where it says {near[key]!r}" for key in missing if key in near]
-    return told + (f"; did you mean {' and '.join(hints)}?" if hints else "")

@@ -240,10 +240,10 @@ def _after(layer: nn.Module, structure: Layer, hidden_states: Tensor, x: Tensor,
     x, total = after_attention(layer, structure, hidden_states, x)
     mlp: Any = layer.mlp
     shape = mlp.__dict__.get(STRUCTURE)
-    if decodes and not structure.after and isinstance(shape, MLP) and not has_hooks(mlp) and total.dtype == x.dtype:
-        product = product_of(mlp._modules["down_proj"])
-        if product is not None and not torch.is_autocast_enabled(x.device.type):
-            return add_product(total, mlp_hidden(mlp, shape, x), product)
+    if decodes and not structure.after and isinstance(shape, MLP) and not has_hooks(mlp):
+        hidden, down = mlp_hidden(mlp, shape, x), mlp.down_proj
+        added = add_product(total, hidden, product_of(down)) if hidden.dtype == total.dtype else None
+        return total + down(hidden) if added is None else added
     return total + after_mlp(layer, structure, mlp(x))
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.nn import LoRALinear, NF4Linear
-from fastpeft.ops import NF4Weight, lora_few, lora_linear, lora_linear_group, nf4_linear_add_
+from fastpeft.ops import NF4Weight, lora_few, lora_linear_group, nf4_linear_add_
 from fastpeft.ops.dropout import new_seed
-from fastpeft.ops.replay import base_node, base_product, lora_node, lora_product, unread
+from fastpeft.ops.nf4 import base_product
+from fastpeft.ops.replay import base_node, lora_node, lora_product, unread
 
 
 @dataclass(frozen=True)
@@ -89,18 +90,19 @@ def together(products: Sequence[Product], x: Tensor) -> list[Tensor]:
     return lora_linear_group(x, *lists, dropout)
 
 
-def add_product(total: Tensor, x: Tensor, product: Product) -> Tensor:
-    """Add a product to what a tensor holds, in place where there is a kernel for it; nothing is differentiated."""
-    weight, bias, adapter = product.weight, product.bias, product.adapter
-    if isinstance(weight, NF4Weight) and bias is None:
-        if adapter is None:
-            return nf4_linear_add_(total, x, weight)
-        if adapter.dropout == 0.0 and lora_few.takes(x, [adapter.a], [adapter.b], []):
-            return lora_few.few_add_(total, x, weight, adapter.a, adapter.b, adapter.scale)
+def add_product(total: Tensor, x: Tensor, product: Product | None) -> Tensor | None:
+    """Add a product to what a tensor of the same dtype holds, in place; None where no kernel does, untouched then.
+
+    Nothing is differentiated.
+    """
+    if product is None or not isinstance(product.weight, NF4Weight) or product.bias is not None:
+        return None
+    adapter = product.adapter
     if adapter is None:
-        return total + base_product(x, weight, bias)
-    a, b, scale, dropout = adapter
-    return total + lora_linear(x, weight, a, b, scale, bias, dropout)
+        return nf4_linear_add_(total, x, product.weight)
+    if adapter.dropout == 0.0 and lora_few.takes(x, [adapter.a], [adapter.b], []):
+        return lora_few.few_add_(total, x, product.weight, adapter.a, adapter.b, adapter.scale)
+    return None
 
 
 def run(products: Sequence[Product], x: Tensor, keep: bool, is_read: bool) -> tuple[list[Tensor], Seen]:

@@ -10,37 +10,33 @@ import torch
 from torch import Tensor
 
 from fastpeft.ops import native
-from fastpeft.ops.nf4 import nf4_linear, nf4_linear_add_
+from fastpeft.ops.nf4 import base_product, nf4_linear_add_
 from fastpeft.ops.nf4_group import nf4_linear_group
 from fastpeft.ops.nf4_weight import NF4Weight
 
-MOST_TOKENS = 64
-MOST_ADAPTERS = 4
-_STEP = 64  # of k
 
-
-def takes(x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> bool:
+def takes(x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
     """Whether the kernels take a call.
 
     Args:
         x: ``(..., k)``.
         a: ``(r, k)`` of each adapter.
         b: ``(n, r)`` of each.
-        tensors: what else would be differentiated.
+        biases: of each, or none at all.
     """
-    if torch.compiler.is_compiling():  # which knows no addresses
+    if torch.compiler.is_compiling() or not x.is_cuda:  # a compiler knows no addresses
         return False
-    k = x.shape[-1]
-    if not x.is_cuda or x.dtype not in (torch.float16, torch.bfloat16) or not 0 < x.numel() <= MOST_TOKENS * k:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *a, *b, *biases)):
         return False
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *a, *b, *tensors)):
+    if not all(t.dtype == torch.float32 and t.is_contiguous() for t in (*a, *b)) or any(t.data_ptr() % 16 for t in a):
         return False
-    if k % _STEP or len(a) > MOST_ADAPTERS or native.device_limits(x.device)[0] < 80:
-        return False
-    factors = (*a, *b)
-    return all(t.dtype == torch.float32 and t.is_contiguous() and t.numel() for t in factors) and not any(
-        t.data_ptr() % 16 for t in a
-    )
+    return _floats(x.numel() // max(1, x.shape[-1]), x, a) > 0
+
+
+def _floats(m: int, x: Tensor, a: Sequence[Tensor]) -> int:
+    """Words of sums; 0 where the kernels do not take the sizes."""
+    architecture = native.device_limits(x.device)[0]
+    return native.lora_few_floats(m, x.shape[-1], tuple(down.shape[0] for down in a), x.dtype, architecture)
 
 
 def few(
@@ -55,10 +51,10 @@ def few(
     sums = _project(x, a, b)
     packed = [w for w in weights if isinstance(w, NF4Weight)]
     if len(packed) == len(weights) and all(bias is None for bias in biases):
-        ys = nf4_linear_group(x, packed) if len(packed) > 1 else [nf4_linear(x, packed[0])]
+        ys = nf4_linear_group(x, packed)
     else:
-        ys = [_base(x, w, bias) for w, bias in zip(weights, biases, strict=True)]
-    torch.ops.fastpeft.lora_few_add_(ys, sums, b, scales)
+        ys = [base_product(x, w, bias) for w, bias in zip(weights, biases, strict=True)]
+    torch.ops.fastpeft.lora_few_add_(ys, sums, a, b, scales)
     return ys
 
 
@@ -66,14 +62,8 @@ def few_add_(y: Tensor, x: Tensor, w: NF4Weight, a: Tensor, b: Tensor, scale: fl
     """Add a LoRA linear over an NF4 base to ``y``, where `takes` says so; in place."""
     sums = _project(x, [a], [b])
     nf4_linear_add_(y, x, w)
-    torch.ops.fastpeft.lora_few_add_([y], sums, [b], [scale])
+    torch.ops.fastpeft.lora_few_add_([y], sums, [a], [b], [scale])
     return y
-
-
-def _base(x: Tensor, w: Tensor | NF4Weight, bias: Tensor | None) -> Tensor:
-    if isinstance(w, NF4Weight):
-        return nf4_linear(x, w, bias)
-    return torch.nn.functional.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def _project(x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
@@ -93,25 +83,24 @@ def _project_op(x2d: Tensor, a: list[Tensor], b: list[Tensor]) -> Tensor:
     sums = _project_fake(x2d, a, b)
     m, k = x2d.shape
     dtype = native.dtype_number("lora_few_project", x2d.dtype)
-    adapters = _adapters(a, b, [1.0] * len(a))
+    adapters = _adapters(a, b, [1.0] * len(a))  # scales are of the sum
     native.call_cuda("lora_few_project", x2d, x2d.data_ptr(), dtype, m, k, adapters, sums.data_ptr())
     return sums
 
 
 def _project_fake(x2d: Tensor, a: list[Tensor], b: list[Tensor]) -> Tensor:
-    floats = native.lora_few_floats(x2d.shape[0], [down.shape[0] for down in a])
-    return x2d.new_empty((floats,), dtype=torch.float32)
+    return x2d.new_empty((_floats(x2d.shape[0], x2d, a),), dtype=torch.float32)
 
 
-def _add_op(ys: list[Tensor], sums: Tensor, b: list[Tensor], scales: list[float]) -> None:
+def _add_op(ys: list[Tensor], sums: Tensor, a: list[Tensor], b: list[Tensor], scales: list[float]) -> None:
     rows = [native.row_view(y) for y in ys]
     native.call_cuda(
         "lora_few_add",
         sums,
         native.dtype_number("lora_few_add", ys[0].dtype),
         rows[0].shape[0],
-        _STEP,
-        _adapters(b, b, scales),
+        a[0].shape[1],
+        _adapters(a, b, scales),
         sums.data_ptr(),
         [y.data_ptr() for y in rows],
         [y.stride(0) for y in rows],
@@ -119,4 +108,8 @@ def _add_op(ys: list[Tensor], sums: Tensor, b: list[Tensor], scales: list[float]
 
 
 native.define("lora_few_project(Tensor x2d, Tensor[] a, Tensor[] b) -> Tensor", _project_op, _project_fake)
-native.define("lora_few_add_(Tensor(a!)[] ys, Tensor sums, Tensor[] b, float[] scales) -> ()", _add_op, lambda *_: None)
+native.define(
+    "lora_few_add_(Tensor(a!)[] ys, Tensor sums, Tensor[] a, Tensor[] b, float[] scales) -> ()",
+    _add_op,
+    lambda *_: None,
+)

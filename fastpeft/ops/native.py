@@ -169,9 +169,10 @@ def lora_adapter(a: Tensor, b: Tensor, scale: float) -> object:
     return _C.LoraAdapter(a.data_ptr(), b.data_ptr(), n, r, scale)
 
 
-def lora_few_floats(m: int, ranks: Sequence[int]) -> int:
-    """Float32 words that ``lora_few_project`` writes (csrc/include/fastpeft/lora_few.h)."""
-    floats: int = _C.lora_few_floats(m, list(ranks))
+@lru_cache(maxsize=1024)
+def lora_few_floats(m: int, k: int, ranks: tuple[int, ...], dtype: torch.dtype, architecture: int) -> int:
+    """Float32 words that ``lora_few_project`` writes; 0 for a call it does not take (csrc/cuda/lora_few_config.h)."""
+    floats: int = _C.lora_few_floats(m, k, ranks, dtype_number("lora_few", dtype), architecture)
     return floats
 
 

@@ -414,6 +414,16 @@ def check_linear(function: str, x: Tensor, n: int, k: int, device: torch.device,
         raise ValueError(f"{function}: bias has shape {tuple(bias.shape)}; it must be ({n},)")
 
 
+def base_product(x: Tensor, w: Tensor | NF4Weight, bias: Tensor | None) -> Tensor:
+    """Compute a plain linear layer, of a dense or an NF4 weight, outside of autograd: ``(..., n)``."""
+    x = autocast(x)
+    bias = None if bias is None else bias.to(x.dtype)
+    if isinstance(w, NF4Weight):
+        y: Tensor = torch.ops.fastpeft.nf4_linear(x.reshape(-1, w.k), *w.operands, w.n, w.k, bias)
+        return y.reshape(*x.shape[:-1], w.n)
+    return torch.nn.functional.linear(x, w.to(x.dtype), bias)
+
+
 def nf4_linear(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor:
     """Multiply by an NF4 weight: ``x @ w.T + bias``, differentiable in ``x`` and ``bias``.
 

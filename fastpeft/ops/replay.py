@@ -59,16 +59,6 @@ def lora_product(
     return ys, xa
 
 
-def base_product(x: Tensor, w: Tensor | NF4Weight, bias: Tensor | None) -> Tensor:
-    """Compute a plain linear layer outside of autograd: ``(..., n)``."""
-    x = autocast(x)
-    bias = None if bias is None else bias.to(x.dtype)
-    if isinstance(w, NF4Weight):
-        y: Tensor = torch.ops.fastpeft.nf4_linear(x.reshape(-1, w.k), *_operands(w), bias)
-        return y.reshape(*x.shape[:-1], w.n)
-    return torch.nn.functional.linear(x, w.to(x.dtype), bias)
-
-
 class _BaseNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, *rest: Any) -> Tensor:

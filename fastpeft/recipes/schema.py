@@ -191,7 +191,7 @@ def _check_template(settings: Settings, data: DataSection, kind: str) -> None:
         other = next(key for key in _TEMPLATES if key not in given)
         raise UserError(f'{where}: data.{given[0]} needs data.{other} beside it, such as "{{answer}}"')
     try:
-        assert data.template is not None
+        RowTemplate(*(getattr(data, key) for key in _TEMPLATES))
     except UserError as error:
         raise UserError(f"{where}: data: {error}") from None
 

@@ -125,6 +125,14 @@ void dispatch(const char* function, DType dtype, const Body& body) {
   throw ArgumentError(concat(function, ": float64 is not supported on CUDA; use float32, float16 or bfloat16"));
 }
 
+// The same for functions of float16 and bfloat16 alone.
+template <typename Body>
+void dispatch_16bit(const char* function, DType dtype, const Body& body) {
+  if (dtype == DType::kBFloat16) return body(BFloat16{});
+  if (dtype == DType::kFloat16) return body(Float16{});
+  throw ArgumentError(concat(function, ": x is not of a 16-bit type; use float16 or bfloat16"));
+}
+
 inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 }  // namespace fastpeft::cuda

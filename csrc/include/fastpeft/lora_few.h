@@ -11,19 +11,18 @@
 
 namespace fastpeft {
 
-constexpr int64_t kMostFewTokens = 64;
 constexpr int64_t kFewShares = 8;  // of k
 
 // Columns of an adapter in the sums.
-constexpr int64_t few_rank(int64_t r) { return (r + 15) / 16 * 16; }
+constexpr int64_t few_columns(int64_t r) { return (r + 15) / 16 * 16; }
 
 struct LoraFewArgs {
   const void* x;  // [m, k], 16-byte aligned; null if only added
   DType dtype;    // float16 or bfloat16
-  int64_t m, k;   // k % 64 == 0
+  int64_t m, k;   // which are taken: cuda/lora_few_config.h
   LoraAdapter adapters[kMostAdapters];
   int64_t count;
-  float* sums;             // [kFewShares, m, sum of few_rank]
+  float* sums;             // [kFewShares, m, sum of few_columns]
   void* y[kMostAdapters];  // [m, n] of each
   int64_t y_pitch[kMostAdapters];
 };

@@ -49,8 +49,9 @@ class Pass:
 
     def needed_of(self, attention: Any) -> Tensor | None:
         """The places that a layer's output is read from; None for all."""
-        last, places = self.needed or (None, None)
-        return places if last is not None and getattr(attention, "layer_idx", None) == last else None
+        if self.needed is None or attention.layer_idx != self.needed[0]:
+            return None
+        return self.needed[1]
 
 
 @dataclass(frozen=True)
