@@ -183,7 +183,7 @@ def read_the_output_beside_the_sublayer(patch: Patch) -> None:
 
 
 def keep_the_bases_lengths(patch: Patch) -> None:
-    patch.setattr(LoRALinear, "_lengths", lambda self, name: self.lora_magnitude_vector[name].base_squares.sqrt())
+    patch.setattr(LoRALinear, "_norms", lambda self, name: self.lora_magnitude_vector[name].base_squares.sqrt())
 
 
 LINEAR = running("ops.test_nf4", "test_linear_forward_and_backward", torch.float32, 7, (100, 96), 64, "cpu")

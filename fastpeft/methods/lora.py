@@ -118,7 +118,8 @@ class LoraMethod:
             replace_module(model, name, module)
         undo.callback(module.delete_adapter, adapter_name)
         rank, alpha = config.rank_of(name), config.alpha_of(name)
-        module.add_adapter(adapter_name, rank, alpha, config.use_rslora, config.init_lora_weights)
+        start, dora = config.init_lora_weights, config.use_dora
+        module.add_adapter(adapter_name, rank, alpha, config.use_rslora, start, dora)
 
 
 def layers_of_one_input(plan: AdapterPlan) -> list[list[str]]:
@@ -153,8 +154,6 @@ def _can_adapt(module: nn.Module) -> bool:
 
 
 def _check_embedding(config: LoraConfig, name: str) -> None:
-    if config.use_dora:
-        raise UserError(f"use_dora: '{name}' is an embedding, for which DoRA is not in this version; leave it out")
     if isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian":
         raise UserError(
             f"init_lora_weights='{config.init_lora_weights}' is for linear layers, and '{name}' is an embedding; leave "

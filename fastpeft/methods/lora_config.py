@@ -41,7 +41,7 @@ class LoraConfig(AdapterConfig):
         layers_pattern: name of the module list that ``layers_to_transform`` counts in, where there are several.
         rank_pattern: other ranks for layers whose name ends in a key, which may be a regular expression.
         alpha_pattern: other values of ``lora_alpha`` in the same way.
-        use_dora: train the length of each row of the weight too; linear layers only.
+        use_dora: train the length of each row of the weight too (of each column of an embedding's table).
         loftq_config: of "loftq": ``{"loftq_bits": 4, "loftq_iter": 1}``. After more than one turn the base is no longer
             the one that ``fastpeft.quantize`` gives, and must be saved with the adapter.
         shared_a: train one A for layers with the same input (q, k and v; gate and up), as NeMo's LoRA does. PEFT's

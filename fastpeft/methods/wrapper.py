@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -21,11 +22,10 @@ from fastpeft.methods.config_base import AdapterConfig
 from fastpeft.methods.files import AdapterFile, LoadReport
 from fastpeft.methods.inject import METHODS, inject_adapter, plan_adapter
 from fastpeft.nn import Adapted, LoRALinear, PromptEncoder, Prompts
-from fastpeft.nn.adapted import BASE
+from fastpeft.nn.adapted import BASE, routed, routing_again
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]+")
-# Layers recomputed in backward know nothing of the routing of their forward pass.
-_RECOMPUTES = ("gradient_checkpointing", "_fastpeft_checkpointing")
+_CHECKPOINT = "_gradient_checkpointing_func"  # of transformers' layers
 
 
 class BaseModel(nn.Module):
@@ -230,19 +230,13 @@ class AdapterHost(nn.Module):
         self._check_known([name for name in names if name != BASE])
         if not names:
             raise UserError("adapter_names is empty; give one name for each sample of the batch")
-        if self.training and any(getattr(m, flag, False) for m in self.modules() for flag in _RECOMPUTES):
-            raise UserError(
-                "adapter_names in training cannot go with gradient checkpointing, which runs layers again without it; "
-                "switch one of them off"
-            )
-        modules = [module for _, module in saving.adapted_modules(self)]
-        try:
-            for module in modules:
-                module.routing = names
+        with ExitStack() as stack:
+            stack.enter_context(routed([module for _, module in saving.adapted_modules(self)], names))
+            for module in self.modules() if self.training else ():
+                if getattr(module, "gradient_checkpointing", False) and _CHECKPOINT in module.__dict__:
+                    stack.callback(setattr, module, _CHECKPOINT, module.__dict__[_CHECKPOINT])
+                    setattr(module, _CHECKPOINT, partial(_checkpoint_routed, module.__dict__[_CHECKPOINT]))
             yield
-        finally:
-            for module in modules:
-                module.routing = None
 
     def _sync(self) -> None:
         """Tell every adapted module which adapters are active, and let just these train; merged ones are unmerged."""
@@ -273,3 +267,14 @@ def warn_of_differences(report: LoadReport) -> None:
     """Say what of a file was left out, where ``strict=False`` let it pass."""
     if not report.complete:
         warnings.warn(f"adapter '{report.path}' was loaded in part:\n{report.differences()}", stacklevel=4)
+
+
+def _checkpoint_routed(checkpoint: Callable[..., Any], layer: Callable[..., Any], *arguments: Any) -> Any:
+    """Checkpoint a layer that has the routing of now when backward runs it again."""
+    again = routing_again()
+
+    def run(*arguments: Any) -> Any:
+        with again():
+            return layer(*arguments)
+
+    return checkpoint(run, *arguments)

@@ -36,6 +36,7 @@ from fastpeft.models.offload import Here, Kept, Shelf
 from fastpeft.models.plan import LayerPlan, Planner
 from fastpeft.models.replay import Product, Seen, product_of, replay, run, sharing
 from fastpeft.models.structure import MLP, Attention, Layer
+from fastpeft.nn.adapted import routing_again
 
 _DOWN, _OUT = "down_proj", "o_proj"
 
@@ -80,9 +81,13 @@ class Checkpointing:
         assert attention is not None and mlp is not None
         own, gated = attention.__dict__.get(STRUCTURE), mlp.__dict__.get(STRUCTURE)
         if own is None or gated is None or has_hooks(attention) or has_hooks(mlp) or not kwargs.get(_POSITIONS):
-            whole: Tensor = checkpoint(
-                lambda h: fused.plain_layer(layer, structure, h, **kwargs), hidden_states, use_reentrant=False
-            )
+            again = routing_again()
+
+            def plain(h: Tensor) -> Tensor:
+                with again():
+                    return fused.plain_layer(layer, structure, h, **kwargs)
+
+            whole: Tensor = checkpoint(plain, hidden_states, use_reentrant=False)
             return whole
         plan = self.shared.planner.plan(layer, self.index, hidden_states)
         if plan is None:
@@ -145,7 +150,7 @@ class _Work:
 
     def forward(self, h: Tensor) -> Tensor:
         """Compute the layer without autograd and keep what the plan says."""
-        self.autocast = _Autocast(h.device.type)
+        self.autocast, self.routing = _Autocast(h.device.type), routing_again()
         self.previous, self.shared.previous = self.shared.previous, weakref.ref(self)
         self.stream = self._keep(h.detach())
         dropout = self.attention.attention_dropout if self.layer.training else 0.0
@@ -218,7 +223,7 @@ class _Work:
 
     @contextmanager
     def _recomputing(self, half: int) -> Iterator[None]:
-        with torch.enable_grad(), self.autocast.again(), _with_random_state(self.random[half]):
+        with torch.enable_grad(), self.autocast.again(), self.routing(), _with_random_state(self.random[half]):
             yield
 
     # Attention.

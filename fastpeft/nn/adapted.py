@@ -7,7 +7,9 @@ one adapter for each sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +120,34 @@ class Adapted(nn.Module):
         tensor = getattr(self.get_submodule(owner), leaf)
         assert isinstance(tensor, Tensor)
         return tensor
+
+
+_in_force: list[tuple[Sequence[Adapted], tuple[str, ...]]] = []  # the routings that are set, the last one innermost
+
+
+@contextmanager
+def routed(modules: Sequence[Adapted], names: tuple[str, ...]) -> Iterator[None]:
+    """Let each sample of a batch have its own adapter within the block.
+
+    Args:
+        modules: of one model.
+        names: an adapter, or ``BASE``, for each sample.
+    """
+    before = [module.routing for module in modules]
+    _in_force.append((modules, names))
+    try:
+        for module in modules:
+            module.routing = names
+        yield
+    finally:
+        _in_force.pop()
+        for module, routing in zip(modules, before, strict=True):
+            module.routing = routing
+
+
+def routing_again() -> Callable[[], AbstractContextManager[None]]:
+    """What sets the routing of now once more, for layers that run again in backward."""
+    return partial(routed, *_in_force[-1]) if _in_force else nullcontext
 
 
 def on_rows(y: Tensor, x: Tensor, routes: Iterator[tuple[str, Tensor]], delta: Callable[..., Tensor]) -> Tensor:

@@ -7,8 +7,7 @@ whatever the base's dtype. A layer holds any number of adapters by name; several
 low-rank terms add up. Submodules are named as PEFT names them (``base_layer``, ``lora_A.<name>``, ``lora_B.<name>``,
 ``lora_magnitude_vector.<name>``), so that parameter names and files agree.
 
-DoRA scales each row of the sum to a trained length: ``m / ||w + s B A||``, the norm a constant in backward. It is
-found without the sum: ``||w||^2 + 2 s <w A^T, B> + s^2 <B (A A^T), B>``, row by row.
+DoRA scales each row of the sum to a trained length (`fastpeft.nn.dora`).
 
 Trained: r (k + n) numbers an adapter, n more with DoRA; r k less for each layer that shares another's A.
 """
@@ -27,6 +26,7 @@ from fastpeft.errors import UserError
 from fastpeft.nn.adapted import on_rows
 from fastpeft.nn.adapted_linear import AdaptedLinear
 from fastpeft.nn.base_weight import dense_weight, operand
+from fastpeft.nn.dora import Magnitude
 from fastpeft.nn.lora_init import STARTS, begins_in_base, is_known_start, loftq_start, plain_start, principal_start
 from fastpeft.nn.nf4 import NF4Linear
 from fastpeft.ops import NF4Weight, lora_linear, nf4_linear
@@ -148,8 +148,8 @@ class LoRALinear(AdaptedLinear):
         if start is not None:
             self.lora_start[adapter_name] = start.to(device)
         if use_dora:
-            self.lora_magnitude_vector[adapter_name] = _Magnitude(dense_weight(self.base_layer)[0])
-            self._reset_lengths(adapter_name, magnitude_too=True)
+            magnitude = self.lora_magnitude_vector[adapter_name] = Magnitude(dense_weight(self.base_layer)[0])
+            magnitude.weight.data = self._norms(adapter_name)
 
     def held(self) -> list[str]:
         """Names of the adapters."""
@@ -224,7 +224,7 @@ class LoRALinear(AdaptedLinear):
                 cast(Tensor, start.b).copy_(-b0)
         super().load(adapter_name, tensors)
         if adapter_name in self.lora_magnitude_vector:
-            self._reset_lengths(adapter_name)
+            cast(Magnitude, self.lora_magnitude_vector[adapter_name]).follow(dense_weight(self.base_layer)[0])
 
     # Computing.
 
@@ -273,35 +273,21 @@ class LoRALinear(AdaptedLinear):
             base = self.base_layer(dropped.to(x.dtype))
         if self.bias is not None:
             base = base - self.bias
-        stretch = cast(Tensor, self.lora_magnitude_vector[adapter_name].weight) / self._lengths(adapter_name)
+        stretch = cast(Tensor, self.lora_magnitude_vector[adapter_name].weight) / self._norms(adapter_name)
         return ((stretch - 1) * base + stretch * low_rank).to(base.dtype)
 
     @torch.no_grad()
-    def _lengths(self, adapter_name: str) -> Tensor:
+    def _norms(self, adapter_name: str) -> Tensor:
         """Row norms ``(n,)`` of ``w + s B A``, fp32, under autocast too."""
         with torch.autocast(self.weight.device.type, enabled=False):
-            return self._lengths_in_full(adapter_name)
-
-    def _lengths_in_full(self, adapter_name: str) -> Tensor:
-        a, b = self.factors(adapter_name)
-        scale, magnitude = self.scaling[adapter_name], cast(_Magnitude, self.lora_magnitude_vector[adapter_name])
-        weight = operand(self.base_layer)
-        dtype = a.dtype if isinstance(weight, NF4Weight) else weight.dtype
-        wa = nf4_linear(a, weight) if isinstance(weight, NF4Weight) else F.linear(a.to(dtype), weight)
-        cross = (wa.to(b.dtype).t() * b).sum(1)
-        square = ((b @ (a @ a.t())) * b).sum(1)
-        return (magnitude.base_squares + 2 * scale * cross + scale**2 * square).clamp(min=1e-30).sqrt()
-
-    @torch.no_grad()
-    def _reset_lengths(self, adapter_name: str, magnitude_too: bool = False) -> None:
-        """Take the base's row norms anew, and begin with the lengths of the sum."""
-        a, b = self.factors(adapter_name)
-        weight, _ = dense_weight(self.base_layer)
-        magnitude = cast(_Magnitude, self.lora_magnitude_vector[adapter_name])
-        magnitude.base_squares.copy_(weight.square().sum(1))
-        if magnitude_too:
-            sums = weight + self.scaling[adapter_name] * (b @ a).to(weight.dtype)
-            magnitude.weight.copy_(torch.linalg.norm(sums, dim=1))
+            a, b = self.factors(adapter_name)
+            weight = operand(self.base_layer)
+            if isinstance(weight, NF4Weight):
+                aw = nf4_linear(a, weight)
+            else:
+                aw = F.linear(a.to(weight.dtype), weight)
+            magnitude = cast(Magnitude, self.lora_magnitude_vector[adapter_name])
+            return magnitude.norms(aw.t(), a, b, self.scaling[adapter_name])
 
     @torch.no_grad()
     def merged(self, names: Sequence[str]) -> tuple[Tensor, Tensor | None, torch.dtype]:
@@ -312,9 +298,8 @@ class LoRALinear(AdaptedLinear):
             if name in self.lora_A:
                 a, b = (factor.to(weight.dtype) for factor in self.factors(name))
                 if name in self.lora_magnitude_vector:
-                    whole = torch.addmm(base, b, a, alpha=self.scaling[name])
-                    lengths = cast(Tensor, self.lora_magnitude_vector[name].weight)
-                    weight.add_(whole.mul_((lengths / torch.linalg.norm(whole, dim=1))[:, None]).sub_(base))
+                    magnitude = cast(Magnitude, self.lora_magnitude_vector[name])
+                    weight.add_(magnitude.at_length(base, a, b, self.scaling[name]).sub_(base))
                 else:
                     weight.addmm_(b, a, alpha=self.scaling[name])
         return weight, bias, dtype
@@ -340,15 +325,3 @@ class _Start(nn.Module):
         super().__init__()
         self.register_buffer("a", a)
         self.register_buffer("b", b)
-
-
-class _Magnitude(nn.Module):
-    """DoRA's trained lengths, and the squared row norms of the base."""
-
-    base_squares: Tensor
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        lengths = weight.new_zeros(weight.shape[0], dtype=torch.float32)
-        self.weight = nn.Parameter(lengths)
-        self.register_buffer("base_squares", lengths.clone(), persistent=False)

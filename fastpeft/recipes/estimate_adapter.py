@@ -94,7 +94,9 @@ def _lora(model: nn.Module, plan: Any, saved: int) -> Trained:
     for name in plan.targets:
         module, r = model.get_submodule(name), config.rank_of(name)
         if isinstance(module, nn.Embedding):
-            numbers += r * (module.num_embeddings + module.embedding_dim)
+            v, d = module.num_embeddings, module.embedding_dim
+            numbers += r * (v + d) + (d if config.use_dora else 0)
+            beside += 4 * d if config.use_dora else 0
             continue
         n, k = sizes(module)
         numbers += r * (n + (0 if name in follows else k)) + (n if config.use_dora else 0)

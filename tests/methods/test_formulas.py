@@ -69,9 +69,12 @@ def test_numbers_and_bytes_are_those_of_the_formula(name: str, quantised: bool) 
     assert adapter_bytes(model, "default") == 4 * numbers + beside
 
 
-def test_embeddings_and_heads() -> None:
-    model = get_peft_model(tiny(), LoraConfig(r=3, target_modules=["embed_tokens", "lm_head"]))
-    assert model.get_nb_trainable_parameters()[0] == 2 * 3 * (VOCABULARY + D)
+@pytest.mark.parametrize("dora", [False, True])
+def test_embeddings_and_heads(dora: bool) -> None:
+    model = get_peft_model(tiny(), LoraConfig(r=3, target_modules=["embed_tokens", "lm_head"], use_dora=dora))
+    lengths = D + VOCABULARY if dora else 0
+    assert model.get_nb_trainable_parameters()[0] == 2 * 3 * (VOCABULARY + D) + lengths
+    assert adapter_bytes(model, "default") == 4 * (2 * 3 * (VOCABULARY + D) + 2 * lengths)
 
 
 def test_every_method_has_a_formula() -> None:
@@ -170,7 +173,6 @@ def test_a_quantised_weight_cannot_be_trained() -> None:
         (BottleneckAdapterConfig, {"output_adapter": False}, "there is nothing to train"),
         (BottleneckAdapterConfig, {"leave_out": [2]}, "there is no layer 2; the model's are 0 to 1"),
         (BottleneckAdapterConfig, {"leave_out": [0, 1]}, "all layers are left out"),
-        (LoraConfig, {"target_modules": ["embed_tokens"], "use_dora": True}, "is an embedding, for which DoRA"),
         (LoraConfig, {"target_modules": ["embed_tokens"], "init_lora_weights": "pissa"}, "is for linear layers"),
         (LoraConfig, {"target_modules": ["q_proj"], "fan_in_fan_out": True}, "none of the targets"),
         (LoraConfig, {"target_modules": ["k_proj"], "r": 40, "init_lora_weights": "pissa"}, "r=40 is greater than"),

@@ -42,6 +42,16 @@ CASES: dict[str, tuple[str, type, dict[str, Any]]] = {
     ),
     "embedding": ("llama", LoraConfig, {"target_modules": ["embed_tokens", "q_proj"], "r": 4}),
     "embedding-and-head": ("gemma3_text", LoraConfig, {"target_modules": ["embed_tokens", "lm_head"], "r": 4}),
+    "dora-embedding": (
+        "llama",
+        LoraConfig,
+        {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True, "init_lora_weights": False},
+    ),
+    "dora-embedding-and-head": (
+        "qwen3",
+        LoraConfig,
+        {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True, "r": 4},
+    ),
     "lora-conv1d": ("gpt2", LoraConfig, {"target_modules": ["c_attn", "c_fc", "mlp.c_proj"], "r": 4}),
     "lora-default-conv1d": ("gpt2", LoraConfig, {}),
     "dora-conv1d": ("gpt2", LoraConfig, {"target_modules": ["c_attn"], "use_dora": True}),

@@ -21,7 +21,7 @@ from fastpeft.methods import (
     PromptTuningConfig,
     get_peft_model,
 )
-from fastpeft.models import quantize
+from fastpeft.models import accelerate, quantize
 from fastpeft.nn import Adapted, IA3Linear, LoRALinear, NF4Linear
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -168,10 +168,26 @@ def test_mixed_batches_that_cannot_be() -> None:
     ):
         with pytest.raises(UserError, match=message):
             model(input_ids=ids, adapter_names=names)
-    model.train()
-    model.get_base_model().gradient_checkpointing_enable()
-    with pytest.raises(UserError, match="cannot go with gradient checkpointing"):
-        model(input_ids=ids, adapter_names=["lora", "lora"])
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "ia3", "houlsby"])
+@pytest.mark.parametrize("how", ["transformers", "reentrant", "fastpeft"])
+def test_a_mixed_batch_with_checkpointing_has_the_gradients_without(name: str, how: str) -> None:
+    grads = []
+    for recomputes in (False, True):
+        model = stack(name, "lora" if name != "lora" else "ia3")
+        if recomputes and how == "fastpeft":
+            accelerate(model, checkpointing="full")
+        elif recomputes:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
+        model.train()
+        out = model(input_ids=tokens(rows=3), adapter_names=[*model.peft_config, None], labels=tokens(rows=3))
+        out.loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        assert all(m.routing is None for m in model.modules() if isinstance(m, Adapted))
+    assert grads[0].keys() == grads[1].keys() and len({n for n in grads[0] if name in n}) > 0
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-6)
 
 
 def test_generation_of_a_mixed_batch() -> None:
@@ -311,8 +327,8 @@ def test_dropout_can_be_switched_off(name: str) -> None:
 def test_dora_under_autocast_has_the_lengths_of_fp32() -> None:
     model = stack("dora")
     layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
-    expected = layer._lengths("dora")
+    expected = layer._norms("dora")
     weight = layer.weight + layer.scaling["dora"] * layer.lora_B["dora"].weight @ layer.lora_A["dora"].weight
     torch.testing.assert_close(expected, weight.norm(dim=1), rtol=1e-5, atol=1e-6)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layer._lengths("dora"), expected)
+        assert torch.equal(layer._norms("dora"), expected)

@@ -196,6 +196,43 @@ def test_embedding_is_the_formula(kind: type[nn.Embedding]) -> None:
         LoRAEmbedding(nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("kind", [nn.Embedding, Scaled])
+def test_dora_gives_the_columns_of_a_table_their_lengths(kind: type[nn.Embedding]) -> None:
+    base = kind(20, K)
+    layer = LoRAEmbedding(base)
+    layer.add_adapter("dora", 4, 6, use_dora=True)
+    layer.active_adapters = ["dora"]
+    ids = torch.tensor([[3, 0, 19], [7, 7, 1]])
+    torch.testing.assert_close(layer(ids), base(ids), rtol=0, atol=0)
+    a, b = layer.factors("dora")
+    lengths = layer.lora_magnitude_vector["dora"].weight
+    with torch.no_grad():
+        a.normal_()
+        lengths.mul_(torch.rand_like(lengths) + 0.5)
+    table = base.weight.detach() + 1.5 * (b @ a).t()
+    scale = getattr(base, "embed_scale", 1.0)
+    expected = scale * (table / table.detach().norm(dim=0) * lengths)[ids]
+    torch.testing.assert_close(layer(ids), expected, rtol=1e-4, atol=1e-5)
+    weights = torch.randn_like(expected)
+    parts = [a, b, lengths]
+    for found, wanted in zip(
+        torch.autograd.grad((layer(ids) * weights).sum(), parts),
+        torch.autograd.grad((expected * weights).sum(), parts),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert {tuple(t.shape) for t in layer.extra_parameters("dora")} == {(K,)}
+    torch.testing.assert_close(layer.to_dense()(ids), expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        base.weight.mul_(2)
+    layer.load("dora", {})  # what is known of the base is taken anew
+    table = base.weight + 1.5 * (b @ a).t()
+    expected = scale * (table / table.norm(dim=0) * lengths)[ids]
+    torch.testing.assert_close(layer(ids), expected, rtol=1e-4, atol=1e-5)
+    layer.delete_adapter("dora")
+    assert not [name for name, _ in layer.named_parameters() if "base" not in name]
+
+
 # Virtual tokens.
 
 

@@ -107,8 +107,8 @@ CASES: dict[str, tuple[AdapterConfig, bool, str]] = {
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_within_a_tenth_of_the_tensors_of_a_step(name: str) -> None:
-    method, quantized, mode = CASES[name]
     """Those named plain are not accelerated, and have transformers' own checkpointing and loss."""
+    method, quantized, mode = CASES[name]
     virtual, fused = VIRTUAL if "prompt" in name else 0, not name.startswith("plain")
     seen = step_memory(method, quantized, mode, fused)
     shape = shape_of(CONFIG, "test")
