@@ -5,7 +5,8 @@
 PATH is a checkout or an unpacked source distribution of PEFT, best of the installed version; ``--stock`` runs the same
 tests without the substitution, for comparison. What runs is ``tests/test_custom_models.py``, its LoRA, DoRA and (IA)3
 cases on MLP and embedding models, without network. Substituted is the layer for ``nn.Linear`` that ``use_in_peft``
-registers; LoRA of embeddings and (IA)3 have no layer of ours under PEFT and run as they are beside it.
+registers; LoRA of embeddings and (IA)3 have no layer of ours under PEFT and run as they are beside it. PEFT's tests
+import diffusers, datasets and parameterized.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fastpeft.models import stock_peft
 # Methods of PEFT whose names hold "lora" too are somebody else's.
 OTHERS = [
     *("GLoRA", "AdaLoRA", "GraLoRA", "RandLoRA", "VeLoRA", "MonteCLoRA", "DeLoRA", "BDLoRA", "LoRAGA", "aLoRA"),
-    *("KaSA", "MiCA"),
+    *("KaSA", "MiCA", "TinyLoRA", "UniLoRA"),
 ]
 SELECTED = f"(LoRA or DoRA or IA3) and (MLP or Emb) and not ({' or '.join(OTHERS)})"
 
