@@ -30,7 +30,7 @@ from fastpeft.models import stock_peft
 # Methods of PEFT whose names hold "lora" too are somebody else's.
 OTHERS = [
     *("GLoRA", "AdaLoRA", "GraLoRA", "RandLoRA", "VeLoRA", "MonteCLoRA", "DeLoRA", "BDLoRA", "LoRAGA", "aLoRA"),
-    *("KaSA", "MiCA", "TinyLoRA", "UniLoRA"),
+    *("KaSA", "MiCA", "TinyLoRA", "UniLoRA", "VBLoRA"),
 ]
 SELECTED = f"(LoRA or DoRA or IA3) and (MLP or Emb) and not ({' or '.join(OTHERS)})"
 
