@@ -77,6 +77,17 @@ def frozen_step(xs: Sequence[Tensor], ws: Sequence[Tensor], dys: Sequence[Tensor
     return Calls([forward_backward(matmul, [x], dy) for matmul, x, dy in sets])
 
 
+def grouped(xs: Sequence[Tensor], ws: Sequence[Tensor], ends: Tensor, backward: bool) -> Calls:
+    """Products of rows sorted by expert: all experts decoded, as its parametrised weights are, and torch's product."""
+    dequantize_4bit = require("bitsandbytes").functional.dequantize_4bit
+
+    def product(x: Tensor, codes: Tensor, state: Any) -> Tensor:
+        w = dequantize_4bit(codes, state)
+        return torch.nn.functional.grouped_mm(x, w if backward else w.transpose(1, 2), offs=ends)
+
+    return Calls([partial(product, x, *_pack(w)) for x, w in zip(xs, ws, strict=True)])
+
+
 def linear4bit(w: Tensor) -> torch.nn.Module:
     """A `Linear4bit` without bias that holds this weight, quantised on its device."""
     nn = require("bitsandbytes").nn

@@ -6,6 +6,7 @@ from bench.suites import (
     blocks,
     decode,
     dpo_step,
+    experts,
     lora,
     loss,
     memory,
@@ -16,7 +17,10 @@ from bench.suites import (
     train_step,
 )
 
-_ALL = (nf4_quant.SUITE, nf4_gemm.SUITE, lora.SUITE, blocks.SUITE, adamw.SUITE, paged_adamw.SUITE, loss.SUITE)
+_ALL = (
+    *(nf4_quant.SUITE, nf4_gemm.SUITE, experts.SUITE, lora.SUITE, blocks.SUITE, adamw.SUITE, paged_adamw.SUITE),
+    loss.SUITE,
+)
 SUITES: dict[str, Suite] = {suite.name: suite for suite in _ALL}
 
 # Suites whose rows are whole stacks, each in its process; they read their own options.

@@ -33,6 +33,7 @@ void run(bool on_cuda, void (*on_cpu)(const Args&, const Context&), void (*on_gp
 
 void bind_nf4(pybind11::module_& m);
 void bind_nf4_linear(pybind11::module_& m);
+void bind_nf4_experts(pybind11::module_& m);
 void bind_lora(pybind11::module_& m);
 void bind_lora_few(pybind11::module_& m);
 void bind_dropout(pybind11::module_& m);
@@ -40,6 +41,7 @@ void bind_adamw(pybind11::module_& m);
 void bind_arena(pybind11::module_& m);
 void bind_rms_norm(pybind11::module_& m);
 void bind_rope(pybind11::module_& m);
+void bind_experts(pybind11::module_& m);
 void bind_glu(pybind11::module_& m);
 void bind_cross_entropy(pybind11::module_& m);
 void bind_paged_attention(pybind11::module_& m);

@@ -49,6 +49,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("capture_id", &fastpeft::cuda::capture_id, py::arg("context"));
   fastpeft::bindings::bind_nf4(m);
   fastpeft::bindings::bind_nf4_linear(m);
+  fastpeft::bindings::bind_nf4_experts(m);
   fastpeft::bindings::bind_lora(m);
   fastpeft::bindings::bind_lora_few(m);
   fastpeft::bindings::bind_dropout(m);
@@ -56,6 +57,7 @@ PYBIND11_MODULE(_C, m) {
   fastpeft::bindings::bind_adamw(m);
   fastpeft::bindings::bind_rms_norm(m);
   fastpeft::bindings::bind_rope(m);
+  fastpeft::bindings::bind_experts(m);
   fastpeft::bindings::bind_glu(m);
   fastpeft::bindings::bind_cross_entropy(m);
   fastpeft::bindings::bind_paged_attention(m);

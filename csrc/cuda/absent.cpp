@@ -5,10 +5,12 @@
 #include "fastpeft/capture.h"
 #include "fastpeft/cross_entropy.h"
 #include "fastpeft/dropout.h"
+#include "fastpeft/experts.h"
 #include "fastpeft/glu.h"
 #include "fastpeft/lora.h"
 #include "fastpeft/lora_few.h"
 #include "fastpeft/nf4.h"
+#include "fastpeft/nf4_experts.h"
 #include "fastpeft/nf4_linear.h"
 #include "fastpeft/paged_attention.h"
 #include "fastpeft/rms_norm.h"
@@ -31,7 +33,12 @@ void nf4_quantize(const NF4QuantizeArgs&, const Context&) { refuse("nf4_quantize
 void nf4_quantize_scales(const NF4QuantizeScalesArgs&, const Context&) { refuse("nf4_quantize_scales"); }
 void nf4_dequantize(const NF4DequantizeArgs&, const Context&) { refuse("nf4_dequantize"); }
 void nf4_linear(const NF4LinearArgs&, const Context&) { refuse("nf4_linear"); }
+void nf4_linear_experts(const NF4ExpertsArgs&, const Context&) { refuse("nf4_linear_experts"); }
 void dropout(const DropoutArgs&, const Context&) { refuse("dropout"); }
+void experts_route(const ExpertsRouteArgs&, const Context&) { refuse("route"); }
+void experts_spread(const ExpertsSpreadArgs&, const Context&) { refuse("spread_rows"); }
+void experts_collect(const ExpertsCollectArgs&, const Context&) { refuse("collect_rows"); }
+void experts_dots(const ExpertsDotsArgs&, const Context&) { refuse("experts_dots"); }
 void lora_project(const LoraProjectArgs&, const Context&) { refuse("lora_project"); }
 void lora_backward(const LoraBackwardArgs&, const Context&) { refuse("lora_backward"); }
 void lora_gradient(const LoraGradientArgs&, const Context&) { refuse("lora_gradient"); }

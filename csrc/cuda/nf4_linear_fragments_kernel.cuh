@@ -45,6 +45,7 @@ struct Weights {
 template <int kTokens_>
 struct Config {
   static constexpr int kTokens = kTokens_, kCluster = 1;
+  static constexpr bool kExperts = false;
   static constexpr int kSplits = kTokens <= 64 ? 2 : 1;  // warpgroups of a strip, and steps of a stage
   static constexpr int kGroups = kStrips * kSplits;
   static constexpr int kThreads = 128 * (kGroups + 1);
@@ -410,7 +411,7 @@ __device__ void multiply(const CUtensorMap* map_y, const Problem& p, int group) 
         if (!nf4_tiles::add_parts<C>(p, item, d, 0, strip, 0)) continue;
       }
     }
-    nf4_tiles::store<T, C>(map_y, p, item.out0, item.m0, d, 0, strip, p.add_to_y);
+    nf4_tiles::store<T, C>(map_y, p, item.out0, item.m0, p.plan.m, d, 0, strip, p.add_to_y);
   }
   if (threadIdx.x % 128 == 0) tma_wait();
 }

@@ -10,6 +10,7 @@
 #include "cuda/device/numbers.cuh"
 #include "cuda/device/ptx.cuh"
 #include "cuda/nf4_linear_tiles_adapter.cuh"
+#include "cuda/nf4_linear_tiles_experts.cuh"
 #include "cuda/nf4_linear_tiles_plan.h"
 #include "fastpeft/nf4_linear.h"
 
@@ -17,8 +18,9 @@ namespace fastpeft::cuda::nf4_tiles {
 
 struct Problem {
   Plan plan;
+  Experts experts;  // where the weight is several
   NF4View w;
-  int n, k;
+  int n, k;           // of an expert
   int block_shift;    // log2 of the block size, less 6
   bool wide_scales;   // four steps' 8-bit scales of a row are one aligned word
   const void* bias;   // [out], may be null
@@ -46,10 +48,10 @@ inline Problem make_problem(const NF4LinearArgs& args, const Plan& plan) {
   return p;
 }
 
-template <int kTokens_, int kCluster_, bool kAdapter_ = false>
+template <int kTokens_, int kCluster_, bool kAdapter_ = false, bool kExperts_ = false>
 struct Config {
   static constexpr int kTokens = kTokens_, kCluster = kCluster_;
-  static constexpr bool kAdapter = kAdapter_;
+  static constexpr bool kAdapter = kAdapter_, kExperts = kExperts_;
   static constexpr bool kDrawsMeanwhile = kCluster > 1;  // the mask, during the multiplication; else: too few registers
   using AdapterOrNone = std::conditional_t<kAdapter, Adapter, NoAdapter>;
   static constexpr int kDecoders = kTokens == 256 ? 1 : kTokens == 128 ? 2 : 4;  // warpgroups
@@ -92,19 +94,30 @@ __device__ inline uint32_t swizzled(uint32_t row, uint32_t byte) {
 // A seat's chunks, items taken together.
 struct ChunkWalk {
   int index, chunk, end;  // item; chunk of the depth, one past the item's last
-  int out0, m0;
+  int out0, m0, w_row;
   bool more;
 };
-__device__ inline void enter(const Plan& plan, int seat, ChunkWalk& c) {
+// Items are those of a Plan or of Experts.
+template <typename Items>
+__device__ inline void enter(const Items& items, int seat, ChunkWalk& c) {
   Item item;
-  c.more = find_item(plan, seat, c.index, item);
+  c.more = find_item(items, seat, c.index, item);
   c.chunk = item.first_chunk, c.end = item.first_chunk + item.chunks;
-  c.out0 = item.out0, c.m0 = item.m0;
+  c.out0 = item.out0, c.m0 = item.m0, c.w_row = item.w_row;
 }
-__device__ inline void advance(const Plan& plan, int seat, ChunkWalk& c) {
+template <typename Items>
+__device__ inline void advance(const Items& items, int seat, ChunkWalk& c) {
   if (++c.chunk < c.end || !c.more) return;
   ++c.index;
-  enter(plan, seat, c);
+  enter(items, seat, c);
+}
+template <typename C>
+__device__ inline const auto& items_of(const Problem& p) {
+  if constexpr (C::kExperts) {
+    return p.experts;
+  } else {
+    return p.plan;
+  }
 }
 
 // --- decoding --------------------------------------------------------------------------------------------------------
@@ -119,12 +132,13 @@ struct Scales {
 
 // Which rows and columns of W a lane decodes: its row of the tile is warp * 32 + lane. Forward that is a row of W.
 // Backward a tile is 64 rows of W by two blocks of 64 columns, one below the other.
-template <bool kBackward>
+template <bool kBackward, typename C>
 __device__ inline bool locate(const Problem& p, const ChunkWalk& c, int step, int warp, int lane, uint32_t& block) {
   const int blocks = p.k / 64;
   const int row = kBackward ? step * kStep + warp % 2 * 32 + lane : c.out0 + warp * 32 + lane;
   const int column = kBackward ? c.out0 / 64 + warp / 2 : step;
-  block = static_cast<uint32_t>(row) * static_cast<uint32_t>(blocks) + static_cast<uint32_t>(column);
+  const int w_row = C::kExperts ? c.w_row + row : row;
+  block = static_cast<uint32_t>(w_row) * static_cast<uint32_t>(blocks) + static_cast<uint32_t>(column);
   return c.more && row < p.n && column < blocks;
 }
 
@@ -134,7 +148,7 @@ __device__ inline void load_scales(const Problem& p, const ChunkWalk& c, int fir
   uint32_t block;
 #pragma unroll
   for (int o = 0; o < C::kOwn; ++o) {
-    const bool inside = locate<kBackward>(p, c, c.chunk * kChunkSteps + first + C::kSpan * o, warp, lane, block);
+    const bool inside = locate<kBackward, C>(p, c, c.chunk * kChunkSteps + first + C::kSpan * o, warp, lane, block);
     to.inside[o] = inside, to.code[o] = 0, to.scale[o] = 0.0f;
     if (!kBackward && p.wide_scales && o > 0) continue;
     if (!inside) continue;
@@ -188,8 +202,9 @@ __device__ inline void fetch_codes(const CUtensorMap* map_w, uint32_t smem, cons
   for (int o = 0; o < C::kOwn; ++o) {
     const int step = c.chunk * kChunkSteps + C::kCluster * group + rank + C::kSpan * o;
     const uint32_t to = smem + C::codes + place * C::kCodeChunkBytes + o * C::kCodeBytes;
-    kBackward ? tma_load(to, map_w, full, c.out0 / 2, step * kStep)
-              : tma_load(to, map_w, full, step * (kStep / 2), c.out0);
+    const int w_row = C::kExperts ? c.w_row : 0;
+    kBackward ? tma_load(to, map_w, full, c.out0 / 2, w_row + step * kStep)
+              : tma_load(to, map_w, full, step * (kStep / 2), w_row + c.out0);
   }
 }
 
@@ -197,8 +212,9 @@ __device__ inline void fetch_codes(const CUtensorMap* map_w, uint32_t smem, cons
 template <bool kBackward, typename C>
 __device__ void fetch(const CUtensorMap* map_x, const CUtensorMap* map_w, const Problem& p, uint32_t smem, int rank) {
   const int seat = blockIdx.x / C::kCluster;
+  const auto& items = items_of<C>(p);
   ChunkWalk here{};
-  enter(p.plan, seat, here);
+  enter(items, seat, here);
   ChunkWalk coming = here;  // the first chunk whose codes are not under way
   Ring stage{0, 1}, slot{0, 1};
   const auto codes = [&] {
@@ -207,11 +223,11 @@ __device__ void fetch(const CUtensorMap* map_x, const CUtensorMap* map_w, const 
       fetch_codes<kBackward, C>(map_w, smem, coming, group, slot.at, rank);
     }
     slot.advance<C::kCodeChunks>();
-    advance(p.plan, seat, coming);
+    advance(items, seat, coming);
   };
   for (int i = 1; i < C::kCodeChunks && coming.more; ++i) codes();
   if constexpr (!C::kAdapter) wait_for_kernel_before();
-  for (; here.more; advance(p.plan, seat, here)) {
+  for (; here.more; advance(items, seat, here)) {
     if (coming.more) codes();
     for (int step = 0; step < kChunkSteps; ++step) {
       barrier_wait(smem + C::empty + 8 * stage.at, stage.parity);
@@ -228,6 +244,7 @@ __device__ void decode(const CUtensorMap* map_x, const CUtensorMap* map_w, const
   constexpr int kOwn = C::kOwn;
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0), lane = threadIdx.x % 32;
   const int seat = blockIdx.x / C::kCluster, first = C::kCluster * group + rank;
+  const auto& items = items_of<C>(p);
   const bool nested = p.w.nested_absmax != nullptr, fetches = !C::kFetchWarp && warp == 0;
   const float offset = nested ? __ldg(p.w.offset) : 0.0f;
   const uint32_t row = warp * 32 + lane;
@@ -240,12 +257,12 @@ __device__ void decode(const CUtensorMap* map_x, const CUtensorMap* map_w, const
   const uint32_t codes_empty = smem + C::codes_empty + 8 * group * C::kCodeChunks;
 
   ChunkWalk here{};
-  enter(p.plan, seat, here);
+  enter(items, seat, here);
   ChunkWalk next = here, coming = here;  // coming: as in fetch(), only where this warp fetches
   if (fetches) {
     for (int slot = 0; slot < C::kCodeChunks && coming.more; ++slot) {
       if (lane == 0) fetch_codes<kBackward, C>(map_w, smem, coming, group, slot, rank);
-      advance(p.plan, seat, coming);
+      advance(items, seat, coming);
     }
   }
   Scales<kOwn> scales;
@@ -270,7 +287,7 @@ __device__ void decode(const CUtensorMap* map_x, const CUtensorMap* map_w, const
       }
       if (!scales.inside[o]) scale[o] = 0.0f;
     }
-    advance(p.plan, seat, next);
+    advance(items, seat, next);
     load_scales<kBackward, C>(p, next, first, warp, lane, scales);
 #pragma unroll
     for (int o = 0; o < kOwn; ++o) {
@@ -301,7 +318,7 @@ __device__ void decode(const CUtensorMap* map_x, const CUtensorMap* map_w, const
         if (o == 0 && begun && coming.more) {  // the slot of the chunk before, which the other warps have left by now
           barrier_wait(codes_empty + 8 * refill.at, refill.parity);
           if (lane == 0) fetch_codes<kBackward, C>(map_w, smem, coming, group, refill.at, rank);
-          advance(p.plan, seat, coming);
+          advance(items, seat, coming);
           refill.advance<C::kCodeChunks>();
         }
       }
@@ -312,7 +329,7 @@ __device__ void decode(const CUtensorMap* map_x, const CUtensorMap* map_w, const
     __syncwarp();
     if (lane == 0) barrier_arrive(codes_empty + 8 * slot.at);
     slot.advance<C::kCodeChunks>();
-    advance(p.plan, seat, here);
+    advance(items, seat, here);
   }
 }
 

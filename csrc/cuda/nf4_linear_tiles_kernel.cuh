@@ -12,7 +12,8 @@
 //          tile to the other, so that decoding stays below the time of multiplying, and costs half the energy.
 //          Decoding in the registers of the multiplying warps, and decoding once into a ring in L2, were slower
 //          (bench/LOG.md, 2026-11-25 and 2026-11-26).
-//          An adapter's low-rank product joins the sums: nf4_linear_tiles_adapter.cuh.
+//          An adapter's low-rank product joins the sums: nf4_linear_tiles_adapter.cuh. Tokens sorted by expert, each
+//          expert with a weight of its own: nf4_linear_tiles_experts.cuh.
 //          256 tokens take 128 accumulators a thread and leave registers for one decoding warpgroup; 128 tokens have
 //          two and fewer have four, which take turns, since then decoding limits.
 // Numerics level times scale in float32, rounded once to T (as nf4_dequantize); sums in float32; one rounding to T.
@@ -85,9 +86,10 @@ __device__ bool add_parts(const Problem& p, const Item& item, float (&d)[C::kTok
   return true;
 }
 
+// `end`: of the tokens that are stored.
 template <typename T, typename C>
-__device__ void store(const CUtensorMap* map_y, const Problem& p, int out0, int tile_m0, float (&d)[C::kTokens / 2],
-                      uint32_t smem, int group, bool add = false) {
+__device__ void store(const CUtensorMap* map_y, const Problem& p, int out0, int tile_m0, int end,
+                      float (&d)[C::kTokens / 2], uint32_t smem, int group, bool add = false) {
   constexpr int kTokens = C::kTokens;
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   out0 += group * 64;
@@ -116,9 +118,16 @@ __device__ void store(const CUtensorMap* map_y, const Problem& p, int out0, int 
     fence_async_shared();
     named_barrier(1 + group, 128);
     const int m0 = tile_m0 + part * C::kStoreTokens;
-    if (p.store_by_tma) {
+    if (C::kExperts && m0 + C::kStoreTokens > end) {  // the tokens behind are another expert's
+      for (int i = thread; i < C::kStoreTokens * 8; i += 128) {
+        const int token = m0 + i / 8, o = out0 + i % 8 * 8;
+        store_16_if(token < end && o < p.plan.out,
+                    static_cast<uint16_t*>(p.y) + static_cast<int64_t>(token) * p.plan.out + o,
+                    load_shared(tile + swizzled(i / 8, i % 8 * 16)));
+      }
+    } else if (p.store_by_tma) {
       if (thread == 0) {
-        if (out0 < p.plan.out && m0 < p.plan.m) {
+        if (out0 < p.plan.out && m0 < end) {
           if (add) {
             tma_add(map_y, tile, out0, m0);
           } else {
@@ -132,7 +141,7 @@ __device__ void store(const CUtensorMap* map_y, const Problem& p, int out0, int 
         const int token = m0 + i / 64, o = out0 + i % 64;
         unsigned short bits;
         asm volatile("ld.shared.b16 %0, [%1];" : "=h"(bits) : "r"(tile + swizzled(i / 64, i % 64 * 2)));
-        if (token < p.plan.m && o < p.plan.out) {
+        if (token < end && o < p.plan.out) {
           static_cast<unsigned short*>(p.y)[static_cast<int64_t>(token) * p.plan.out + o] = bits;
         }
       }
@@ -186,7 +195,7 @@ __device__ void multiply(const CUtensorMap* map_y, const typename C::AdapterOrNo
   [[maybe_unused]] bool xa_made = true;
   [[maybe_unused]] MaskBits<kTokens> mask;
   if constexpr (C::kAdapter && !kBackward) xa_made = !adapter.early || adapter.ready != nullptr;
-  for (int index = 0; find_item(p.plan, blockIdx.x / C::kCluster, index, item); ++index) {
+  for (int index = 0; find_item(items_of<C>(p), blockIdx.x / C::kCluster, index, item); ++index) {
     int before = 0, chunk = 0, pieces = 0;  // pieces: of the adapter's rank, where the item ends the depth
     [[maybe_unused]] bool all_behind = false, hurried = false;
     [[maybe_unused]] const auto row0 = [&] {  // of this warp; made anew each time, for want of registers
@@ -292,21 +301,22 @@ __device__ void multiply(const CUtensorMap* map_y, const typename C::AdapterOrNo
     if (item.parts > 1 && !add_parts<C>(p, item, d, smem, group, rank)) continue;
     bool add = false;
     if constexpr (C::kAdapter) add = adapter.add_to_y;
-    store<T, C>(map_y, p, item.out0, item.m0 + rank * kTokens, d, smem, group, add);
+    const int end = C::kExperts ? item.m_end : p.plan.m;
+    store<T, C>(map_y, p, item.out0, item.m0 + rank * kTokens, end, d, smem, group, add);
   }
   if (threadIdx.x % 128 == 0) tma_wait();
 }
 
 // --- kernel ----------------------------------------------------------------------------------------------------------
 
-template <typename T, bool kBackward, int kTokens, int kCluster, bool kAdapter>
+template <typename T, bool kBackward, int kTokens, int kCluster, bool kAdapter, bool kExperts>
 __global__ void __launch_bounds__(Config<kTokens, kCluster>::kThreads, 1)
     kernel(const __grid_constant__ CUtensorMap map_x, const __grid_constant__ CUtensorMap map_w,
            const __grid_constant__ CUtensorMap map_y,
            const __grid_constant__ typename Config<kTokens, kCluster, kAdapter>::AdapterOrNone adapter,
            const __grid_constant__ Problem p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using C = Config<kTokens, kCluster, kAdapter>;
+  using C = Config<kTokens, kCluster, kAdapter, kExperts>;
   extern __shared__ uint8_t smem_raw[];
   const uint32_t smem = (shared_offset(smem_raw) + 1023) & ~1023u;
   float* map = reinterpret_cast<float*>(smem_raw + (smem - shared_offset(smem_raw)) + C::map);
@@ -335,7 +345,8 @@ __global__ void __launch_bounds__(Config<kTokens, kCluster>::kThreads, 1)
     if (!early) wait_for_kernel_before();
     let_next_kernel_start();
   } else {
-    let_next_kernel_start();  // those wait who touch more than the weight (device/ptx.cuh)
+    if constexpr (kExperts) wait_for_kernel_before();  // it wrote what there is to do
+    let_next_kernel_start();                           // those wait who touch more than the weight (device/ptx.cuh)
   }
   if (p.w.nested_absmax != nullptr && threadIdx.x < 256) map[threadIdx.x] = __ldg(p.w.nested_map + threadIdx.x);
   __syncthreads();

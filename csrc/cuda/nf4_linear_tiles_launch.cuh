@@ -30,21 +30,23 @@ typename C::AdapterOrNone adapter_of([[maybe_unused]] const NF4LinearArgs& args,
   return adapter;
 }
 
-template <typename T, bool kBackward, int kTokens, int kCluster, bool kAdapter>
-void launch_kernel(const NF4LinearArgs& args, const Plan& plan, const Context& context) {
-  using C = Config<kTokens, kCluster, kAdapter>;
-  const Problem p = make_problem(args, plan);
+template <typename T, bool kBackward, int kTokens, int kCluster, bool kAdapter, bool kExperts = false>
+void launch_kernel(const NF4LinearArgs& args, const Plan& plan, const Context& context, const Experts& experts = {}) {
+  using C = Config<kTokens, kCluster, kAdapter, kExperts>;
+  Problem p = make_problem(args, plan);
+  p.experts = experts;
+  const int w_rows = kExperts ? experts.count * p.n : p.n;
   const CUtensorMap map_x = activation_map(args.dtype, args.x, plan.m, plan.depth, kTokens);
   const CUtensorMap map_y =
       p.store_by_tma ? activation_map(args.dtype, args.y, plan.m, plan.out, C::kStoreTokens) : map_x;
   const CUtensorMap map_w = kBackward ? tensor_map(CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, CU_TENSOR_MAP_SWIZZLE_64B,
-                                                   args.w.codes, p.n, p.k / 2, kStep, kTileOut / 2)
+                                                   args.w.codes, w_rows, p.k / 2, kStep, kTileOut / 2)
                                       : tensor_map(CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, CU_TENSOR_MAP_SWIZZLE_32B,
-                                                   args.w.codes, p.n, p.k / 2, kTileOut, kStep / 2);
+                                                   args.w.codes, w_rows, p.k / 2, kTileOut, kStep / 2);
   launch(
       [&] { return concat("nf4_linear of m = ", args.m, ", n = ", args.n, ", k = ", args.k, ", tiles of ", kTokens); },
-      kernel<T, kBackward, kTokens, kCluster, kAdapter>,
-      Grid{.blocks = static_cast<unsigned>(grid(plan)),
+      kernel<T, kBackward, kTokens, kCluster, kAdapter, kExperts>,
+      Grid{.blocks = static_cast<unsigned>(kExperts ? experts.blocks : grid(plan)),
            .threads = C::kThreads,
            .smem_bytes = C::kBytes,
            .cluster = kCluster,

@@ -70,9 +70,10 @@ struct Plan {
 struct Item {
   int out0, m0;  // of the cluster's first tile
   int first_chunk, chunks;
-  int parts, part;      // of the unit
-  int unit;             // among the shared ones
-  int slot, last_slot;  // of its partial sum; parts lie next to each other, the unit's last in last_slot
+  int parts, part;           // of the unit
+  int unit;                  // among the shared ones
+  int slot, last_slot;       // of its partial sum; parts lie next to each other, the unit's last in last_slot
+  int w_row = 0, m_end = 0;  // among experts: where the expert's weight begins, and where its tokens end
 };
 
 FASTPEFT_HOST_DEVICE inline int ceil_divide(int a, int b) { return (a + b - 1) / b; }

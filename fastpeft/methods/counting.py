@@ -5,13 +5,18 @@ from __future__ import annotations
 from torch import nn
 
 from fastpeft.methods.saving import adapted_modules
-from fastpeft.nn import NF4Linear
+from fastpeft.nn import NF4Module
 
 
 def count(model: nn.Module) -> tuple[int, int]:
     """Trainable parameters, and all; a quantised weight counts by the numbers it stands for."""
     trainable = total = 0
-    packed = {id(m.weight): m.nf4.numel for m in model.modules() if isinstance(m, NF4Linear)}
+    packed = {
+        id(module.get_parameter(name)): nf4.numel
+        for module in model.modules()
+        if isinstance(module, NF4Module)
+        for name, nf4 in module.packed.items()
+    }
     for parameter in model.parameters():
         number = packed.get(id(parameter), parameter.numel())
         total += number

@@ -43,7 +43,8 @@ class LoraConfig(AdapterConfig):
         alpha_pattern: other values of ``lora_alpha`` in the same way.
         use_dora: train the length of each row of the weight too (of each column of an embedding's table).
         loftq_config: of "loftq": ``{"loftq_bits": 4, "loftq_iter": 1}``. After more than one turn the base is no longer
-            the one that ``fastpeft.quantize`` gives, and must be saved with the adapter.
+            the one that ``fastpeft.quantize`` gives, and must be saved with the adapter. Layers that are not adapted
+            stay dense, a mixture's experts too: the base is what ``quantize`` gives with their names in ``skip``.
         shared_a: train one A for layers with the same input (q, k and v; gate and up), as NeMo's LoRA does. PEFT's
             files hold it once for each layer.
         task_type: "CAUSAL_LM", "SEQ_2_SEQ_LM" or "FEATURE_EXTRACTION"; kept for the file, without effect here.

@@ -18,7 +18,7 @@ from torch import nn
 
 from fastpeft.errors import UserError
 from fastpeft.methods.modules_to_save import ModulesToSaveWrapper
-from fastpeft.nn import Adapted, AdaptedLinear, NF4Linear
+from fastpeft.nn import Adapted, AdaptedLinear, NF4Experts, NF4Module
 from fastpeft.nn.base_weight import is_linear
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -188,7 +188,7 @@ def _check_module_to_save(name: str, module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, Adapted):
             raise UserError(f"modules_to_save: '{name}' already holds an adapter; a copy of it cannot be trained whole")
-        if isinstance(part, NF4Linear):
+        if isinstance(part, NF4Module):
             raise UserError(
                 f"modules_to_save: '{name}' is quantised to NF4, and packed weights cannot be trained; keep it dense "
                 f"with quantize(model, skip=['{name.rpartition('.')[2]}'])"
@@ -307,8 +307,9 @@ def _is_foreign_linear(module: nn.Module) -> bool:
 
 def _advice(model: nn.Module, entry: str, linear: Iterable[str]) -> str:
     """What to write in place of a target that matches no module."""
+    packed = {f"{n}.{p}" for n, m in model.named_modules() if isinstance(m, NF4Experts) for p in m.packed}
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 3 and _ends_with(name, entry):
+        if (parameter.dim() == 3 or name in packed) and _ends_with(name, entry):
             return (
                 f"'{name}' is one parameter of all experts of a layer, which adapters cannot stand beside yet; adapt "
                 "the attention, or put a bottleneck adapter after the layer's experts (BottleneckAdapterConfig)"

@@ -1,34 +1,56 @@
 """Which layers of a model are packed into 4 bits; the same answer for a loaded model and for one still on ``meta``.
 
 Left dense are the output embedding (its error goes straight into the logits, and it is often the input embedding too),
-any weight that two modules share, and what the caller names. Experts that a model keeps in one three-dimensional
-parameter are no linear layers, and stay dense too.
+any weight that two modules share, and what the caller names. The experts of a mixture, which transformers keeps as two
+three-dimensional parameters of one module, are packed as one layer; those of another form (`is_experts`) stay dense.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import UserError
-from fastpeft.nn import Adapted, NF4Linear
+from fastpeft.nn import Adapted, NF4Module
+from fastpeft.nn.nf4_experts import EXPERT_WEIGHTS, is_experts, whole_blocks
 
-PACKABLE = (nn.Linear, Conv1D)
+LINEAR = (nn.Linear, Conv1D)
 
 
-def choose_layers(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Module]:
+def is_packable(module: nn.Module) -> bool:
+    """Whether a module is of a kind that can be packed: a linear layer, no subclass of one, or a mixture's experts."""
+    return type(module) in LINEAR or is_experts(module)
+
+
+def weights_of(layer: nn.Module) -> dict[str, torch.Tensor]:
+    """What of a packable layer is packed, by its name in it."""
+    names = ("weight",) if type(layer) in LINEAR else EXPERT_WEIGHTS
+    return {name: getattr(layer, name) for name in names}
+
+
+def weight_names(layers: Mapping[str, nn.Module]) -> list[str]:
+    """Full names of what is packed.
+
+    Args:
+        layers: packable ones by full name.
+    """
+    return [f"{name}.{weight}" for name, layer in layers.items() for weight in weights_of(layer)]
+
+
+def choose_layers(model: nn.Module, skip: Iterable[str] = (), block_size: int = 64) -> dict[str, nn.Module]:
     """Choose the layers to quantise, by full name.
 
     Args:
         model: a model without adapters; its weights are not read.
         skip: names of modules to leave dense with everything in them; a whole name or its last parts.
+        block_size: weights that share a scale; experts whose parts are not made of whole blocks are left dense.
     Returns:
-        ``nn.Linear`` and ``Conv1D`` layers, by full name.
+        ``nn.Linear`` and ``Conv1D`` layers and mixtures' experts, by full name.
     Raises:
         UserError: a name in ``skip`` matches nothing, there is nothing to quantise, or the model has adapters.
     """
@@ -42,14 +64,18 @@ def choose_layers(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Mo
     chosen = {
         name: module
         for name, module in modules.items()
-        if type(module) in PACKABLE
+        if is_packable(module)
         and module is not head
-        and uses[_memory(module.weight)] == 1  # type: ignore[arg-type]
-        and f"{name}.weight" not in tied
-        and f"{name}.weight" not in tied.values()
         and not any(name == outer or name.startswith(f"{outer}.") for outer in skipped)
+        and not any(
+            uses[_memory(weight)] > 1
+            or f"{name}.{part}" in tied
+            or f"{name}.{part}" in tied.values()
+            or (weight.dim() == 3 and not whole_blocks(weight.shape, block_size))
+            for part, weight in weights_of(module).items()
+        )
     }
-    if not chosen and not skipped and not any(isinstance(module, NF4Linear) for module in modules.values()):
+    if not chosen and not skipped and not any(isinstance(module, NF4Module) for module in modules.values()):
         raise UserError(
             f"quantize: {type(model).__name__} has no torch.nn.Linear to quantise besides the output embedding and "
             "shared weights; is it quantised by another library?"

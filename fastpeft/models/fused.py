@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from fastpeft.models.decode.attention import Pass, current_pass
 from fastpeft.models.replay import add_product, product_of, quantized, sharing, together
 from fastpeft.models.structure import MLP, Attention, Layer, Norm
-from fastpeft.ops import geglu, nf4_linear_group, paged_attention, rms_norm, rope, swiglu
+from fastpeft.nn.gated import gated
+from fastpeft.ops import nf4_linear_group, paged_attention, rms_norm, rope
 from fastpeft.ops.glu import glu_consuming
 
 STRUCTURE = "_fastpeft"
@@ -116,9 +117,7 @@ def mlp_hidden(mlp: nn.Module, structure: MLP, x: Tensor, tape: Tape | None = No
     gate, up = outputs if len(outputs) == 2 else (outputs[0], None)
     if tape is not None and tape.owns(structure.projections):
         return glu_consuming(gate, up, structure.activation)
-    if structure.activation == "silu":
-        return swiglu(gate, up)
-    return geglu(gate, up, "tanh" if structure.activation == "gelu_tanh" else "none")
+    return gated(gate, up, structure.activation)
 
 
 # --- attention ---

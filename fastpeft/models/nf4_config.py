@@ -25,7 +25,7 @@ _COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float3
 
 @register_quantization_config(QUANT_METHOD)
 class NF4Config(QuantizationConfigMixin):
-    """Pack a model's linear layers into 4-bit normal floats while it is loaded.
+    """Pack a model's linear layers and experts into 4-bit normal floats while it is loaded.
 
     Args:
         skip_modules: names of modules to leave dense with everything in them, a whole name or its last parts. The

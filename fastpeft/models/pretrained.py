@@ -49,7 +49,7 @@ def load_pretrained(
 
     Args:
         path: a folder or a hub id.
-        quantization_config: pack the linear layers. A checkpoint that is packed already stays as it is.
+        quantization_config: pack the linear layers and experts. A checkpoint that is packed already stays as it is.
         gguf_file: name of a GGUF file in it.
         strict: refuse a checkpoint with missing, extra or differently shaped weights. False warns of them: what is
             missing or of another shape gets random numbers.

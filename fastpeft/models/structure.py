@@ -10,27 +10,21 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastpeft.nn.gated import ACTIVATIONS, find_activation
 from fastpeft.ops import rms_norm
 
 # Largest relative difference (norms) between a module's own output and the fused one on the probe: some units in the
 # last place, since the order of roundings may differ.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 _TOKENS = 5
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu": F.gelu,
-}
 
 
 class Unknown(Exception):
@@ -157,12 +151,9 @@ def read_mlp(module: nn.Module) -> MLP:
     foreign = _foreign(module, (*projections, "down_proj"))
     if not callable(act) or foreign:
         raise Unknown(f"it has {', '.join(foreign)} besides its projections" if foreign else "it has no activation")
-    x = torch.linspace(-6, 6, 97)
-    with torch.no_grad():
-        own = act(x)
-    for name, function in ACTIVATIONS.items():
-        if difference(function(x), own) <= _TOLERANCE[torch.float32]:
-            return MLP(projections, name)
+    activation = find_activation(act)
+    if activation is not None:
+        return MLP(projections, activation)
     raise Unknown(f"its activation {type(act).__name__} is none of {', '.join(ACTIVATIONS)}")
 
 

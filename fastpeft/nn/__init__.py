@@ -7,6 +7,8 @@ from fastpeft.nn.ia3 import IA3Linear
 from fastpeft.nn.lora import LoRALinear
 from fastpeft.nn.lora_embedding import LoRAEmbedding
 from fastpeft.nn.nf4 import NF4Linear
+from fastpeft.nn.nf4_experts import NF4Experts
+from fastpeft.nn.nf4_module import NF4Module
 from fastpeft.nn.prompt import PromptEncoder, Prompts, SoftPrompt
 
 __all__ = [
@@ -17,7 +19,9 @@ __all__ = [
     "IA3Linear",
     "LoRAEmbedding",
     "LoRALinear",
+    "NF4Experts",
     "NF4Linear",
+    "NF4Module",
     "PromptEncoder",
     "Prompts",
     "SoftPrompt",

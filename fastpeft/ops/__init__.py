@@ -6,6 +6,7 @@ from fastpeft.ops.glu import geglu, swiglu
 from fastpeft.ops.lora import lora_linear, lora_linear_group, lora_linear_plan
 from fastpeft.ops.native import build_info
 from fastpeft.ops.nf4 import nf4_dequantize, nf4_linear, nf4_linear_add_, nf4_linear_plan, nf4_quantize
+from fastpeft.ops.nf4_experts import nf4_linear_experts, nf4_linear_experts_plan
 from fastpeft.ops.nf4_group import nf4_linear_group
 from fastpeft.ops.nf4_weight import NF4Weight
 from fastpeft.ops.paged_attention import paged_attention
@@ -28,6 +29,8 @@ __all__ = [
     "nf4_dequantize",
     "nf4_linear",
     "nf4_linear_add_",
+    "nf4_linear_experts",
+    "nf4_linear_experts_plan",
     "nf4_linear_group",
     "nf4_linear_plan",
     "nf4_quantize",

@@ -126,6 +126,31 @@ def nf4_linear_group_plan(m: int, n: tuple[int, ...], k: int, dtype: torch.dtype
     return GroupPlan(*_C.nf4_linear_group_plan(m, n, k, number, *device_limits(device)))
 
 
+class ExpertsPlan(NamedTuple):
+    """Whether a kernel takes the products of a mixture's experts (csrc/cuda/nf4_experts_config.h)."""
+
+    fused: bool
+    workspace_bytes: int
+    reason: str
+
+
+@lru_cache(maxsize=1024)
+def nf4_experts_plan(
+    m: int,
+    experts: int,
+    n: int,
+    k: int,
+    transposed: bool,
+    block_size: int,
+    dtype: torch.dtype,
+    aligned: bool,
+    device: torch.device,
+) -> ExpertsPlan:
+    """Whether a kernel multiplies m tokens sorted by expert by NF4 weights of these sizes, what it needs, and why."""
+    number, limits = dtype_number("nf4_linear_experts", dtype), device_limits(device)
+    return ExpertsPlan(*_C.nf4_experts_plan(m, experts, n, k, transposed, block_size, number, aligned, *limits))
+
+
 class LoraPlan(NamedTuple):
     """Whether kernels take LoRA linears that share x, and what they need (csrc/cuda/lora_linear_config.h)."""
 

@@ -18,7 +18,7 @@ from fastpeft.ops import native
 from fastpeft.ops.nf4_weight import BLOCK_SIZES, NESTED_BLOCK_SIZE, NF4Weight, Operands, dynamic_map
 
 _SLAB_BYTES = {"cpu": 4 << 20, "cuda": 32 << 20}
-_WEIGHT = "Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_map, Tensor? offset, int block_size"
+WEIGHT = "Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_map, Tensor? offset, int block_size"
 
 
 # --- quantise ---
@@ -145,7 +145,7 @@ def _dequantize_fake(codes: Tensor, *operands: Any) -> Tensor:
     return codes.new_empty(shape, dtype=dtype)
 
 
-native.define(f"nf4_dequantize({_WEIGHT}, SymInt[] shape, ScalarType dtype) -> Tensor", _dequantize, _dequantize_fake)
+native.define(f"nf4_dequantize({WEIGHT}, SymInt[] shape, ScalarType dtype) -> Tensor", _dequantize, _dequantize_fake)
 
 
 def nf4_dequantize(w: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
@@ -164,8 +164,21 @@ def nf4_dequantize(w: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
 
 
 # --- products ---
-def _row_slabs(operands: Operands, n: int, k: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of the decoded weight, slab by slab in one buffer; a slab's first element begins a block."""
+def row_slabs(
+    operands: Operands, n: int, k: int, dtype: torch.dtype, before: int = 0, after: int = 0
+) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the decoded weight, slab by slab in one buffer; a slab's first element begins a block.
+
+    Args:
+        operands: of a weight of ``before + n + after`` rows.
+        n: rows to decode.
+        k: columns.
+        dtype: of the slabs.
+        before: rows that are passed over; ``before * k`` is a multiple of the block size.
+        after: rows behind.
+    Yields:
+        Which of the n rows, and their values.
+    """
     block_size = operands[-1]
     step = block_size // gcd(block_size, k)
     rows = max(step, _SLAB_BYTES[operands[0].device.type] // max(1, k * dtype.itemsize) // step * step)
@@ -173,11 +186,35 @@ def _row_slabs(operands: Operands, n: int, k: int, dtype: torch.dtype) -> Iterat
     for begin in range(0, n, rows):
         end = min(n, begin + rows)
         slab = buffer[: end - begin]
-        _dequantize_range(*operands, n * k, begin * k, end * k, slab)
+        _dequantize_range(*operands, (before + n + after) * k, (before + begin) * k, (before + end) * k, slab)
         yield slice(begin, end), slab
 
 
-def _operands(values: list[Any]) -> Operands:
+def by_slabs(x2d: Tensor, slabs: Iterator[tuple[slice, Tensor]], out: Tensor, bias: Tensor | None = None) -> None:
+    """Write ``x2d @ w.T + bias`` into ``out``, w given by ``row_slabs``."""
+    for rows, slab in slabs:
+        if bias is None:
+            torch.mm(x2d, slab.t(), out=out[:, rows])
+        else:
+            torch.addmm(bias[rows], x2d, slab.t(), out=out[:, rows])
+
+
+def dx_by_slabs(dy2d: Tensor, slabs: Iterator[tuple[slice, Tensor]], out: Tensor) -> None:
+    """Write ``dy2d @ w`` into ``out``, w given by ``row_slabs``."""
+    total = None
+    for rows, slab in slabs:
+        part = dy2d[:, rows]
+        if total is None:
+            total = part @ slab
+        elif slab.dtype.itemsize == 2:  # summed in float32, rounded once
+            total = total.float().add_(part @ slab)
+        else:
+            total.addmm_(part, slab)
+    out.zero_() if total is None else out.copy_(total)
+
+
+def operands_of(values: list[Any]) -> Operands:
+    """Operands of one weight from the arguments of an op."""
     codes, absmax, nested_absmax, nested_map, offset, block_size = values
     return codes, absmax, nested_absmax, nested_map, offset, block_size
 
@@ -316,15 +353,11 @@ def _linear(x: Tensor, *rest: Any) -> Tensor:
     if x.is_cuda:
         x2d = x2d.contiguous()
         bias = None if bias is None else bias.contiguous()
-        y = _from_codes(x2d, _operands(operands), n, k, False, bias)
+        y = _from_codes(x2d, operands_of(operands), n, k, False, bias)
         if y is not None:
             return shaped(y, (*x.shape[:-1], n))
     out = x2d.new_empty((x2d.shape[0], n))
-    for rows, slab in _row_slabs(_operands(operands), n, k, x.dtype):
-        if bias is None:
-            torch.mm(x2d, slab.t(), out=out[:, rows])
-        else:
-            torch.addmm(bias[rows], x2d, slab.t(), out=out[:, rows])
+    by_slabs(x2d, row_slabs(operands_of(operands), n, k, x.dtype), out, bias)
     return shaped(out, (*x.shape[:-1], n))
 
 
@@ -337,19 +370,11 @@ def _linear_dx(dy: Tensor, *rest: Any) -> Tensor:
     dy2d = dy.reshape(-1, n)
     if dy.is_cuda:
         dy2d = dy2d.contiguous()
-        dx = _from_codes(dy2d, _operands(operands), n, k, True)
+        dx = _from_codes(dy2d, operands_of(operands), n, k, True)
         if dx is not None:
             return dx.reshape(*dy.shape[:-1], k)
-    dx = None
-    for rows, slab in _row_slabs(_operands(operands), n, k, dy.dtype):
-        part = dy2d[:, rows]
-        if dx is None:
-            dx = part @ slab
-        elif dy.dtype.itemsize == 2:  # summed in float32, rounded once
-            dx = dx.float().add_(part @ slab)
-        else:
-            dx.addmm_(part, slab)
-    dx = dy2d.new_zeros((dy2d.shape[0], k)) if dx is None else dx.to(dy.dtype)
+    dx = dy2d.new_empty((dy2d.shape[0], k))
+    dx_by_slabs(dy2d, row_slabs(operands_of(operands), n, k, dy.dtype), dx)
     return dx.reshape(*dy.shape[:-1], k)
 
 
@@ -357,22 +382,22 @@ def _linear_dx_fake(dy: Tensor, *rest: Any) -> Tensor:
     return dy.new_empty((*dy.shape[:-1], rest[-1]))
 
 
-native.define(f"nf4_linear(Tensor x, {_WEIGHT}, SymInt n, SymInt k, Tensor? bias) -> Tensor", _linear, _linear_fake)
+native.define(f"nf4_linear(Tensor x, {WEIGHT}, SymInt n, SymInt k, Tensor? bias) -> Tensor", _linear, _linear_fake)
 
 
 def _linear_add(y: Tensor, x: Tensor, *rest: Any) -> None:
     *operands, n, k = rest
     added = None
     if x.is_cuda and y.is_contiguous():
-        added = _from_codes(x.reshape(-1, k).contiguous(), _operands(operands), n, k, False, add_to=y)
+        added = _from_codes(x.reshape(-1, k).contiguous(), operands_of(operands), n, k, False, add_to=y)
     if added is None:
         y.add_(_linear(x, *rest, None))
 
 
-native.define(f"nf4_linear_dx(Tensor dy, {_WEIGHT}, SymInt n, SymInt k) -> Tensor", _linear_dx, _linear_dx_fake)
+native.define(f"nf4_linear_dx(Tensor dy, {WEIGHT}, SymInt n, SymInt k) -> Tensor", _linear_dx, _linear_dx_fake)
 
 native.define(
-    f"nf4_linear_add_(Tensor(a!) y, Tensor x, {_WEIGHT}, SymInt n, SymInt k) -> ()", _linear_add, lambda *_: None
+    f"nf4_linear_add_(Tensor(a!) y, Tensor x, {WEIGHT}, SymInt n, SymInt k) -> ()", _linear_add, lambda *_: None
 )
 
 

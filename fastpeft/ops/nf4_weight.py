@@ -1,6 +1,7 @@
 """``NF4Weight``: a quantised tensor and the keys under which it is stored.
 
-The keys and bytes are those that bitsandbytes' ``Linear4bit`` writes, so checkpoints move both ways.
+The keys and bytes are those that bitsandbytes' ``Linear4bit`` writes, and for a parameter of another name its
+``replace_parameter_4bit``, so checkpoints move both ways.
 """
 
 from __future__ import annotations
@@ -117,11 +118,12 @@ class NF4Weight:
             offset=move(self.offset),
         )
 
-    def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
-        """Tensors under the keys of bitsandbytes' ``Linear4bit``: ``weight``, ``weight.absmax`` and so on.
+    def state_dict(self, prefix: str = "", name: str = "weight") -> dict[str, Tensor]:
+        """Tensors under bitsandbytes' keys: ``weight``, ``weight.absmax`` and so on.
 
         Args:
             prefix: put before every key, with its final dot.
+            name: of the parameter that is packed.
         """
         facts: dict[str, Any] = {
             "quant_type": "nf4",
@@ -142,33 +144,37 @@ class NF4Weight:
             # A copy, because safetensors refuses tensors that share memory.
             tensors[".nested_quant_map"] = self.nested_map.clone()
         tensors["." + STATE_KEY] = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
-        return {f"{prefix}weight{key}": tensor for key, tensor in tensors.items()}
+        return {f"{prefix}{name}{key}": tensor for key, tensor in tensors.items()}
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor], prefix: str = "") -> NF4Weight:
+    def from_state_dict(cls, state: Mapping[str, Tensor], prefix: str = "", name: str = "weight") -> NF4Weight:
         """Read a weight from tensors stored by :meth:`state_dict` or by bitsandbytes.
 
         Args:
             state: tensors by key; codes may be stored as bfloat16, float16 or float32 (same bytes).
-            prefix: what stands before ``weight``, with its final dot.
+            prefix: what stands before the name, with its final dot.
+            name: of the parameter that is packed.
         Raises:
             ValueError: a key is missing, the type is not nf4, or sizes do not fit the recorded shape.
         """
+        full_name = prefix + name
 
         def get(key: str) -> Tensor:
-            name = f"{prefix}weight{key}"
-            if name not in state:
-                raise ValueError(f"NF4Weight.from_state_dict: no tensor {name!r}; the keys of an NF4 weight are needed")
-            return state[name]
+            stored = full_name + key
+            if stored not in state:
+                raise ValueError(
+                    f"NF4Weight.from_state_dict: no tensor {stored!r}; the keys of an NF4 weight are needed"
+                )
+            return state[stored]
 
         facts = json.loads(bytes(get("." + STATE_KEY).cpu().tolist()))
         if facts["quant_type"] != "nf4":
-            raise ValueError(f"NF4Weight.from_state_dict: {prefix}weight is of type {facts['quant_type']!r}, not 'nf4'")
+            raise ValueError(f"NF4Weight.from_state_dict: {full_name} is of type {facts['quant_type']!r}, not 'nf4'")
         codes = get("").contiguous().view(torch.uint8).reshape(-1, 1)
         nested = "nested_blocksize" in facts
         if nested and facts["nested_blocksize"] != NESTED_BLOCK_SIZE:
             raise ValueError(
-                f"NF4Weight.from_state_dict: {prefix}weight has nested blocks of {facts['nested_blocksize']}; "
+                f"NF4Weight.from_state_dict: {full_name} has nested blocks of {facts['nested_blocksize']}; "
                 f"only {NESTED_BLOCK_SIZE} is supported"
             )
         return cls(

@@ -1,8 +1,8 @@
 """What a training step takes of a device's memory, by formulas, before anything is loaded.
 
-Sizes of a model: d hidden, f inside the MLP, q and k the widths of queries and keys, h heads, L layers, v vocabulary;
-T tokens a step, s bytes of an activation. Each formula stands with the function that computes it. What is added up is
-what is alive at the same time, at the four moments of a step at which most is:
+Sizes of a model: d hidden, f inside the MLP, e experts of a token, q and k the widths of queries and keys, h heads, L
+layers, v vocabulary; T tokens a step, s bytes of an activation. Each formula stands with the function that computes it.
+What is added up is what is alive at the same time, at the four moments of a step at which most is:
 
     loss        everything that is kept for backward, and a chunk of logits
     last layer  everything that is kept, and the last layer's backward
@@ -21,6 +21,7 @@ from typing import Literal
 from fastpeft.methods import AdapterConfig, FullConfig
 from fastpeft.methods.lora_config import LoraConfig
 from fastpeft.models.plan import LayerBytes, Planner
+from fastpeft.nn.nf4_experts import is_experts
 from fastpeft.ops.linear_loss import chunk_rows
 from fastpeft.optim.adamw8bit import MIN_8BIT_SIZE
 from fastpeft.optim.placement import CELL_BYTES
@@ -131,13 +132,11 @@ def estimate(shape: ModelShape, setting: Setting) -> Estimate:
     """
     what = trained(shape.skeleton, setting.method)
     loftq = isinstance(setting.method, LoraConfig) and setting.method.init_lora_weights == "loftq"
+    skip = list(setting.skip_modules)
+    if loftq and not setting.quantize:  # it packs what it adapts, and experts it does not
+        skip += [name for name, module in shape.skeleton.named_modules() if is_experts(module)]
     weights = weight_bytes(
-        shape,
-        setting.weight_itemsize,
-        setting.quantize or loftq,
-        setting.block_size,
-        setting.double_quant,
-        list(setting.skip_modules),
+        shape, setting.weight_itemsize, setting.quantize or loftq, setting.block_size, setting.double_quant, skip
     )
     own = what.numbers - what.added  # the model's numbers that train, or copies of them
     copies = 0 if isinstance(setting.method, FullConfig) else own * setting.weight_itemsize
@@ -216,6 +215,9 @@ def kept_bytes(shape: ModelShape, setting: Setting, what: Trained, tokens: int) 
     bottleneck adapters s d more a site, with (IA)^3 2 s f. Without fused layers there are s f more for the activation
     function, 8 d a norm for its fp32 values where s is 2, and checkpointing keeps s d.
 
+    A mixture keeps s e d for the gradient of the shares, and of the inputs of products attention's, s 2 d; packed
+    experts compute the activation function again.
+
     Args:
         shape: the model.
         setting: how it is trained.
@@ -225,9 +227,11 @@ def kept_bytes(shape: ModelShape, setting: Setting, what: Trained, tokens: int) 
     d, f, s = shape.hidden, shape.intermediate, setting.itemsize
     q, k, lse = shape.query_width, shape.key_width, 4 * shape.heads
     everything = s * (d + 2 * q + 2 * k + 2 * f) + lse
-    everything += s * (3 * d + f) if what.saves in ("inputs", "dora") else 0
+    everything += s * shape.experts * d
+    if what.saves in ("inputs", "dora"):
+        everything += s * (2 * d if shape.experts else 3 * d + f)
     if not setting.fused:
-        everything += s * f + (16 * d if s == 2 else 0)
+        everything += (0 if shape.experts and setting.quantize else s * f) + (16 * d if s == 2 else 0)
     everything += s * d * what.sites // shape.layers + (2 * s * f if what.saves == "scaled" else 0)
     if setting.checkpointing == "none":
         return Kept(shape.layers * everything * tokens, 0, everything * tokens, "all")

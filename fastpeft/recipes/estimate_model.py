@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 from fastpeft.errors import UserError
-from fastpeft.models.choose import choose_layers
+from fastpeft.models.choose import choose_layers, weight_names
 from fastpeft.recipes.load import model_skeleton
 
 # hidden, intermediate, layers, heads, kv heads, vocabulary, tied embeddings: SmolLM2, Llama 3.2, Llama 1, Llama 3.1.
@@ -46,6 +46,7 @@ class ModelShape:
         skeleton: its modules, whose weights take no memory.
         hidden: features of the residual stream, d.
         intermediate: features inside the MLP that a token passes, f; in a mixture, of all its experts.
+        experts: that a token passes, e; 0 where there is no mixture.
         layers: L.
         query_width: query heads times their size, q.
         key_width: key heads times their size, k.
@@ -59,6 +60,7 @@ class ModelShape:
     skeleton: nn.Module = field(repr=False)
     hidden: int
     intermediate: int
+    experts: int
     layers: int
     query_width: int
     key_width: int
@@ -119,12 +121,11 @@ def shape_of(config: transformers.PretrainedConfig, name: str) -> ModelShape:
     hidden, heads = get("hidden_size"), get("num_attention_heads")
     head_size = getattr(text, "head_dim", None) or hidden // heads
     inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
-    experts = getattr(text, "num_experts_per_tok", None) or 1
     return ModelShape(
         name,
         model_skeleton(config),
         hidden,
-        int(inner) * experts,
+        *_mlp_width(text, int(inner)),
         get("num_hidden_layers"),
         heads * head_size,
         (getattr(text, "num_key_value_heads", None) or heads) * head_size,
@@ -133,6 +134,21 @@ def shape_of(config: transformers.PretrainedConfig, name: str) -> ModelShape:
         get("vocab_size"),
         text.model_type in _FUSED,
     )
+
+
+def _mlp_width(text: Any, inner: int) -> tuple[int, int]:
+    """Features inside the MLP that a token passes, and how many experts; those that all tokens pass are no choice."""
+
+    def get(key: str) -> int:
+        value = getattr(text, key, None)
+        return value if isinstance(value, int) else 0
+
+    experts = get("num_experts_per_tok")
+    if not experts:
+        return inner, 0
+    width = get("moe_intermediate_size") or inner
+    shared = get("shared_expert_intermediate_size") or get("n_shared_experts") * width
+    return experts * width + shared, experts
 
 
 def shape_of_size(params: str) -> ModelShape:
@@ -196,7 +212,7 @@ def weight_bytes(
     numels = shape.numels
     if not quantized:
         return WeightBytes(itemsize * sum(numels.values()))
-    packed = {f"{name}.weight" for name in choose_layers(shape.skeleton, skip or [])}
+    packed = set(weight_names(choose_layers(shape.skeleton, skip or [], block_size)))
     codes = scales = 0
     for name in packed:
         blocks = -(-numels[name] // block_size)

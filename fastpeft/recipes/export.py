@@ -32,7 +32,7 @@ from fastpeft.methods import (
 )
 from fastpeft.methods.files import read_adapter
 from fastpeft.models import dequantize, quantize
-from fastpeft.models.choose import choose_layers
+from fastpeft.models.choose import choose_layers, weight_names, weights_of
 from fastpeft.models.pretrained import stored_quantization
 from fastpeft.ops import nf4_dequantize, nf4_quantize
 from fastpeft.recipes.load import load_tokenizer, model_skeleton, quiet, read_config, read_weights, weights_dtype
@@ -142,12 +142,11 @@ def _load(export: Export) -> PreTrainedModel:
 def _packing_error(model: nn.Module, base: ModelConfig) -> float:
     """Norm of what packing changes over the norm of all weights that are packed."""
     error = total = 0.0
-    for layer in choose_layers(model, base.skip_modules).values():
-        weight = layer.weight
-        assert isinstance(weight, torch.Tensor)
-        packed = nf4_quantize(weight, base.block_size, base.double_quant)
-        error += float((nf4_dequantize(packed, torch.float32) - weight.float()).square().sum())
-        total += float(weight.float().square().sum())
+    for layer in choose_layers(model, base.skip_modules, base.block_size).values():
+        for weight in weights_of(layer).values():
+            packed = nf4_quantize(weight, base.block_size, base.double_quant)
+            error += float((nf4_dequantize(packed, torch.float32) - weight.float()).square().sum())
+            total += float(weight.float().square().sum())
     return (error / total) ** 0.5 if total else 0.0
 
 
@@ -170,12 +169,12 @@ def _describe(export: Export) -> Generator[str, None, int]:
     if export.form == "dense":
         yield f"writes:  {export.out}: dense safetensors, {_gigabytes(dense)}"
         return dense
-    chosen = [f"{name}.weight" for name in choose_layers(skeleton, export.base.skip_modules)]
+    layers = choose_layers(skeleton, export.base.skip_modules, export.base.block_size)
     per_weight = 0.5 + ((1 + 4 / 256) if export.base.double_quant else 4) / export.base.block_size
-    inside = sum(sizes[name] for name in chosen)
+    inside = sum(sizes[name] for name in weight_names(layers))
     size = round((count - inside) * width + inside * per_weight)
     yield (
-        f"writes:  {export.out}: bitsandbytes 4-bit, {len(chosen)} layers packed, {_gigabytes(size)} "
+        f"writes:  {export.out}: bitsandbytes 4-bit, {len(layers)} layers packed, {_gigabytes(size)} "
         f"(dense: {_gigabytes(dense)})"
     )
     return size

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer
 
 from fastpeft.errors import FastpeftError, UserError
-from fastpeft.nn import NF4Linear
+from fastpeft.nn import NF4Module
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def check_model(model: nn.Module, trainer: str) -> None:
             f"{trainer}: model is a {type(model).__name__}; it must be a loaded model, for example from "
             "AutoModelForCausalLM.from_pretrained"
         )
-    if not hasattr(model, "peft_config") and any(isinstance(module, NF4Linear) for module in model.modules()):
+    if not hasattr(model, "peft_config") and any(isinstance(module, NF4Module) for module in model.modules()):
         raise UserError(
             f"{trainer}: the model's layers are quantised to NF4, so nothing in them can be trained; add an adapter "
             "with fastpeft.get_peft_model (in YAML: peft.method: lora)"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpeft.nn import NF4Linear
+from fastpeft.nn import NF4Module
 from fastpeft.trainers.metrics import memory_bytes
 
 
@@ -64,8 +64,7 @@ def memory_by_kind(model: nn.Module, optimizer: Any, device_type: str, peak: int
     """
     weights = [p for p in model.parameters() if not p.requires_grad] + list(model.buffers())
     for module in model.modules():
-        if isinstance(module, NF4Linear):
-            nf4 = module.nf4
+        for nf4 in module.packed.values() if isinstance(module, NF4Module) else ():
             weights += [part for part in (nf4.absmax, nf4.nested_absmax, nf4.offset) if part is not None]
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     size = _bytes_on(trained, device_type)

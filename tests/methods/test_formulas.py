@@ -187,9 +187,20 @@ def test_refuses_and_changes_nothing(kind: type, options: dict[str, Any], messag
     assert [(n, p.requires_grad) for n, p in model.named_parameters()] == before
 
 
-def test_fused_experts_are_refused_with_a_reason() -> None:
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "nf4"])
+def test_fused_experts_are_refused_with_a_reason(packed: bool) -> None:
+    model = quantize(tiny("mixtral")) if packed else tiny("mixtral")
     with pytest.raises(UserError, match="is one parameter of all experts of a layer"):
-        get_peft_model(tiny("mixtral"), LoraConfig(target_modules=["gate_up_proj"]))
+        get_peft_model(model, LoraConfig(target_modules=["gate_up_proj"]))
+
+
+def test_packed_experts_are_not_trained_whole() -> None:
+    model = quantize(tiny("mixtral"))
+    with pytest.raises(UserError, match=r"'model\.layers\.0\.mlp\.experts\.gate_up_proj' is quantised"):
+        get_peft_model(model, FullConfig(train=["experts"]))
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp"])
+    with pytest.raises(UserError, match=r"'model\.layers\.0\.mlp' is quantised to NF4, and packed weights cannot"):
+        get_peft_model(model, config)
 
 
 def test_bottlenecks_need_layers() -> None:

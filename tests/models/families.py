@@ -39,11 +39,21 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", {}),
     "phi3-partial": ("phi3", {"partial_rotary_factor": 0.5}),
 }
+# Mixtures of experts; Qwen3's can have a dense MLP in some layers.
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {"head_dim": 24, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
+    "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "gpt-oss": ("gpt_oss", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),
+}
 
 
 def tiny(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A model with random weights, norms included, in training mode."""
-    model_type, differing = FAMILIES.get(family, (family, {}))
+    model_type, differing = {**FAMILIES, **MIXTURES}.get(family, (family, {}))
     settings = {**_SIZES, **differing, **changes}
     implementation = settings.pop("attn_implementation", "sdpa")
     config = CONFIG_MAPPING[model_type](**settings)

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from fastpeft.errors import UserError
 from fastpeft.models import NF4Config, load_pretrained, quantize
-from fastpeft.nn import NF4Linear
+from fastpeft.nn import NF4Experts, NF4Linear
+from fastpeft.nn.nf4_experts import is_experts
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="needs the package bitsandbytes, which is not installed"
@@ -250,6 +251,100 @@ def test_refuses_broken_tensors_by_name(change: Any, message: str, packed: Path)
 def _edit_state(stored: torch.Tensor, **changes: Any) -> torch.Tensor:
     facts = {**json.loads(bytes(stored.tolist())), **changes}
     return torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
+
+
+# --- experts ---
+_EXPERTS = "model.layers.1.mlp.experts"
+
+
+@pytest.fixture
+def packed_mixture(tmp_path: Path) -> Path:
+    """A folder with packed experts, written here."""
+    quantize(tiny("qwen3-moe", torch.bfloat16)).save_pretrained(tmp_path / "mixture")
+    return tmp_path / "mixture"
+
+
+@needs_bitsandbytes
+def test_reads_experts_that_bitsandbytes_packed(tmp_path: Path) -> None:
+    """Written by bitsandbytes' own functions: linear layers by transformers, and experts as parametrised parameters."""
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    theirs = written_by_transformers(tmp_path, "qwen3-moe")
+    for name, module in list(theirs.named_modules()):
+        if name.endswith(".experts"):
+            for parameter in ("gate_up_proj", "down_proj"):
+                replace_parameter_4bit(module, parameter, compress_statistics=True, quant_type="nf4")
+    theirs._weight_conversions = []
+    theirs.save_pretrained(tmp_path / "bnb", save_original_format=False)
+    ours = load_pretrained(tmp_path / "bnb")
+    assert {name for name, m in ours.named_modules() if isinstance(m, NF4Experts)} == {
+        f"model.layers.{layer}.mlp.experts" for layer in (0, 1)
+    }
+    assert_equal_states(ours, quantize(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")))
+
+
+@needs_bitsandbytes
+def test_transformers_refuses_packed_experts_and_reads_dense_ones(tmp_path: Path) -> None:
+    """Its loader packs linear layers alone; a mixture for it is packed with ``skip=["experts"]``."""
+    quantize(tiny("mixtral", torch.bfloat16)).save_pretrained(tmp_path / "packed")
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    model = quantize(tiny("mixtral", torch.bfloat16).eval(), skip=["experts"])
+    model.save_pretrained(tmp_path / "dense-experts")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "dense-experts")
+    inputs = batch()["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(inputs).logits, model(inputs).logits, rtol=5e-2, atol=5e-2)
+
+
+def test_experts_that_the_file_holds_dense_stay_dense(packed_mixture: Path) -> None:
+    def unpack(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in tensors if key.startswith(f"{_EXPERTS}.")]:
+            del tensors[key]
+        tensors[f"{_EXPERTS}.gate_up_proj"] = torch.full((4, 64, 64), 0.5)
+        tensors[f"{_EXPERTS}.down_proj"] = torch.full((4, 64, 32), 0.5)
+
+    model = load_pretrained(edited(packed_mixture, unpack))
+    experts = model.get_submodule(_EXPERTS)
+    assert is_experts(experts) and torch.equal(experts.down_proj, torch.full((4, 64, 32), 0.5, dtype=torch.bfloat16))
+    assert isinstance(model.model.layers[0].mlp.experts, NF4Experts)
+
+
+def _drop(*keys: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: [tensors.pop(f"{_EXPERTS}.{key}") for key in keys] and None
+
+
+def _swap(key: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.update({f"{_EXPERTS}.{key}": make(tensors[f"{_EXPERTS}.{key}"])})
+
+
+_EXPERT_STATE = "down_proj.quant_state.bitsandbytes__nf4"
+_DOWN_SCALES = tuple(f"down_proj.{key}" for key in ("absmax", "nested_absmax", "quant_map", "nested_quant_map"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_drop("down_proj.absmax"), r"down_proj: .*no tensor 'down_proj\.absmax'"),
+        (_drop("gate_up_proj.nested_absmax"), r"gate_up_proj: .*no tensor 'gate_up_proj\.nested_absmax'"),
+        (
+            _drop(*_DOWN_SCALES, _EXPERT_STATE),
+            r"down_proj is packed, but its scales \(down_proj\.absmax, \.\.\.\) are missing",
+        ),
+        (_drop("down_proj", *_DOWN_SCALES, _EXPERT_STATE), r"down_proj is dense or missing, and .*gate_up_proj packed"),
+        (_swap("down_proj", lambda t: t[:-64].clone()), "down_proj: .*codes has 4032 elements"),
+        (_swap("down_proj.nested_absmax", lambda t: t * float("nan")), "down_proj: its scales hold NaN or Inf"),
+        (
+            _swap(_EXPERT_STATE, lambda t: _edit_state(t, shape=[4, 32, 64])),
+            r"down_proj has shape \(4, 32, 64\), the model's layer \(4, 64, 32\)",
+        ),
+        (_swap(_EXPERT_STATE, lambda t: _edit_state(t, quant_type="fp4")), "down_proj: .*is of type 'fp4', not 'nf4'"),
+    ],
+    ids=["no-absmax", "no-nested", "codes-alone", "one-weight-alone", "codes-cut", "nan", "shape", "type"],
+)
+def test_refuses_broken_experts_by_name(change: Any, message: str, packed_mixture: Path) -> None:
+    with pytest.raises(UserError, match=rf"1 weights cannot be used:\n  {_EXPERTS}\.{message}"):
+        load_pretrained(edited(packed_mixture, change))
 
 
 def test_a_missing_packed_weight_is_named(packed: Path) -> None:

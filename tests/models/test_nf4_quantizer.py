@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import fastpeft
 from fastpeft.errors import UserError
 from fastpeft.models import NF4Config, load_pretrained, quantize
-from fastpeft.nn import NF4Linear
+from fastpeft.nn import NF4Experts, NF4Linear
 
 
 def saved(folder: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16, **options: Any) -> Path:
@@ -87,14 +87,6 @@ def test_gpt2s_transposed_layers_are_packed_the_right_way_round(tmp_path: Path) 
     torch.testing.assert_close(model(inputs).logits, fresh(inputs).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_experts_in_one_parameter_stay_dense(tmp_path: Path) -> None:
-    tiny("mixtral", num_local_experts=2, num_experts_per_tok=1).save_pretrained(tmp_path)
-    model = load_pretrained(tmp_path, quantization_config=NF4Config())
-    assert {name.rpartition(".")[2] for name in kinds(model, NF4Linear)} == {f"{part}_proj" for part in "qkvo"}
-    model.save_pretrained(tmp_path / "again")
-    assert_equal_states(load_pretrained(tmp_path / "again"), model)
-
-
 def test_trains_adapters_under_a_trainer_that_looks_for_quantisation(tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
@@ -148,6 +140,113 @@ def test_dequantize_gives_the_values_back(tmp_path: Path) -> None:
     assert kinds(model, NF4Linear) == set() and torch.equal(model.model.layers[0].mlp.up_proj.weight, expected)
     model.float().save_pretrained(tmp_path / "again")
     assert_equal_states(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), model)
+
+
+# --- mixtures of experts ---
+MIXTURES = ["mixtral", "qwen3-moe", "olmoe"]
+_EXPERTS = {f"model.layers.{layer}.mlp.experts" for layer in (0, 1)}
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(batch()["input_ids"]).logits  # type: ignore[no-any-return]
+
+
+def keys_of(folder: Path) -> set[str]:
+    return {key for file in folder.glob("*.safetensors") for key in safetensors.torch.load_file(file)}
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_are_packed_as_they_are_joined(family: str, tmp_path: Path, device: str) -> None:
+    """The file has a tensor for each expert's part; it was packed when transformers had joined them, or not at all."""
+    saved(tmp_path, family, max_shard_size="60KB")
+    assert any(".experts.3." in key for key in keys_of(tmp_path))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=NF4Config(), device_map=device)
+    assert kinds(model, NF4Experts) == _EXPERTS
+    assert next(model.model.layers[1].mlp.experts.parameters()).device.type == device
+    afterwards = quantize(AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device))
+    assert_equal_states(model, afterwards)
+    inputs = batch()["input_ids"].to(device)
+    with torch.no_grad():
+        assert torch.equal(model(inputs).logits, afterwards(inputs).logits)
+
+
+@pytest.mark.parametrize("packing", ["while-loading", "after-loading", "never-loaded"])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_packed_experts_save_and_load(family: str, packing: str, tmp_path: Path) -> None:
+    """transformers splits experts when it saves them; packed codes must stay whole."""
+    saved(tmp_path / "dense", family)
+    if packing == "while-loading":
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=NF4Config(block_size=32))
+    elif packing == "after-loading":
+        model = quantize(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), double_quant=False)
+    else:
+        model = quantize(tiny(family).eval())
+    expected = logits(model)
+    for folder in ("first", "second"):
+        model.save_pretrained(tmp_path / folder, max_shard_size="60KB")
+        assert any(key.endswith("experts.gate_up_proj.absmax") for key in keys_of(tmp_path / folder))
+        section = json.loads((tmp_path / folder / "config.json").read_text())["quantization_config"]
+        assert section["llm_int8_skip_modules"] == ["lm_head"]
+        again = load_pretrained(tmp_path / folder)
+        assert kinds(again, NF4Experts) == _EXPERTS
+        assert_equal_states(again, model)
+        assert torch.equal(logits(again), expected)
+        model = again
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_that_are_skipped_save_split_beside_packed_ones(family: str, tmp_path: Path) -> None:
+    config = NF4Config(["layers.0.mlp.experts"])
+    model = AutoModelForCausalLM.from_pretrained(saved(tmp_path / "dense", family), quantization_config=config)
+    assert kinds(model, NF4Experts) == {"model.layers.1.mlp.experts"}
+    expected, dense = logits(model), keys_of(tmp_path / "dense")
+    for folder in ("first", "second"):
+        model.save_pretrained(tmp_path / folder)
+        section = json.loads((tmp_path / folder / "config.json").read_text())["quantization_config"]
+        assert set(section["llm_int8_skip_modules"]) == {"lm_head", "model.layers.0.mlp.experts"}
+        keys = keys_of(tmp_path / folder)
+        assert {key for key in dense if "layers.0." in key and ".experts." in key} <= keys
+        assert not any("layers.1." in key and ".experts.0." in key for key in keys)
+        model = load_pretrained(tmp_path / folder)
+        assert kinds(model, NF4Experts) == {"model.layers.1.mlp.experts"}
+        assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("packing", ["packed-file", "never-loaded"])
+def test_dequantised_experts_save_as_they_were(family: str, packing: str, tmp_path: Path) -> None:
+    saved(tmp_path / "dense", family)
+    model = quantize(tiny(family, torch.bfloat16))
+    if packing == "packed-file":
+        model.save_pretrained(tmp_path / "packed")
+        model = load_pretrained(tmp_path / "packed")
+    fastpeft.models.dequantize(model).save_pretrained(tmp_path / "back")
+    assert keys_of(tmp_path / "back") == keys_of(tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "back/config.json").read_text())
+    assert_equal_states(AutoModelForCausalLM.from_pretrained(tmp_path / "back"), model)
+
+
+def test_experts_of_another_form_stay_dense(tmp_path: Path) -> None:
+    """gpt-oss also names modules that stay float32 in a float16 model; a bfloat16 one's were read as float32 too."""
+    tiny("gpt-oss", torch.bfloat16, attn_implementation="eager").save_pretrained(tmp_path / "dense")
+    model = load_pretrained(tmp_path / "dense", quantization_config=NF4Config())
+    assert not kinds(model, NF4Experts) and kinds(model, NF4Linear)
+    model.save_pretrained(tmp_path / "again")
+    assert_equal_states(load_pretrained(tmp_path / "again"), model)
+
+
+def test_a_lora_merges_over_packed_experts(tmp_path: Path) -> None:
+    """Merged layers are dense then, and the experts, which the adapter does not touch, packed as before."""
+    model = AutoModelForCausalLM.from_pretrained(saved(tmp_path / "dense", "mixtral"), quantization_config=NF4Config())
+    config = fastpeft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    adapted = fastpeft.get_peft_model(model, config)
+    expected = logits(adapted)
+    merged = adapted.merge_and_unload()
+    assert kinds(merged, NF4Experts) == _EXPERTS
+    torch.testing.assert_close(logits(merged), expected, rtol=5e-2, atol=5e-2)
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(load_pretrained(tmp_path / "merged")), logits(merged))
 
 
 # --- what is refused ---
@@ -205,6 +304,31 @@ def test_refuses_broken_weights_by_name(change: Any, message: str, tmp_path: Pat
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=NF4Config())
 
 
+_EXPERT_KEY = "model.layers.1.mlp.experts.2.up_proj.weight"
+_JOINED = "model.layers.1.mlp.experts.gate_up_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t[_EXPERT_KEY].fill_(float("nan")), f"{_JOINED} holds NaN or Inf"),
+        (
+            lambda t: [t.pop(key) for key in list(t) if "layers.1.mlp.experts" in key and "down" not in key],
+            f"{_JOINED} is not in the checkpoint",
+        ),
+        (
+            lambda t: [t.pop(key) for key in list(t) if "layers.1.mlp.experts.3." in key and "down" not in key],
+            rf"{_JOINED} has shape \(3, 64, 64\), the model's layer \(4, 64, 64\)",
+        ),
+    ],
+    ids=["nan", "missing", "one-expert-less"],
+)
+def test_refuses_broken_experts_by_name(change: Any, message: str, tmp_path: Path) -> None:
+    edited(saved(tmp_path, "qwen3-moe"), change)
+    with pytest.raises(UserError, match="1 weights cannot be used:\n  " + message):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=NF4Config())
+
+
 # --- memory ---
 _MEASURE = """
 import sys, torch
@@ -251,7 +375,10 @@ def test_the_dense_model_is_never_in_memory(tmp_path: Path) -> None:
     assert whole > 8 * kept / 2 and growth <= kept + 2 * one_weight < whole / 3
 
 
-def test_only_one_dense_weight_is_alive_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("family", "weights"), [("llama", 14), ("qwen3-moe", 12)])
+def test_only_one_dense_weight_is_alive_at_a_time(
+    family: str, weights: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Counted exactly: the weight before is gone when the next one is packed."""
     import weakref
 
@@ -268,6 +395,6 @@ def test_only_one_dense_weight_is_alive_at_a_time(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(nf4_quantizer, "nf4_quantize", watched)
     # Another dtype than the file's, because a weight of the file's dtype is a view of the mapped file.
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        saved(tmp_path), quantization_config=NF4Config(), dtype=torch.float32
+        saved(tmp_path, family), quantization_config=NF4Config(), dtype=torch.float32
     )
-    assert len(alive) == len(kinds(model, NF4Linear)) == 14
+    assert len(alive) == weights == len(kinds(model, NF4Linear)) + 2 * len(kinds(model, NF4Experts))

@@ -1,4 +1,4 @@
-"""quantize: which layers, in place, without ever holding more than the model and one layer."""
+"""quantize: which layers, in place, without ever holding more than the model and one layer; and the way back."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from models.families import batch, tiny
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastpeft.errors import UserError
 from fastpeft.methods import LoraConfig, get_peft_model
-from fastpeft.models import quantize
-from fastpeft.nn import NF4Linear
+from fastpeft.methods.counting import count
+from fastpeft.models import accelerate, dequantize, quantize
+from fastpeft.nn import NF4Experts, NF4Linear
+from fastpeft.nn.nf4_experts import is_experts
 
 
 @pytest.fixture
@@ -144,6 +147,93 @@ def test_refuses_models(make_llama: Callable) -> None:
     with pytest.raises(UserError, match=r"'1' is torch\.float64; NF4 is made from"):
         quantize(mixed)
     assert type(mixed[0]) is nn.Linear
+
+
+# --- mixtures of experts ---
+MIXTURES = ["mixtral", "qwen3-moe", "olmoe"]
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(batch()["input_ids"]).logits  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_are_packed_and_come_back(family: str) -> None:
+    """They are nearly all of a mixture's weights, and stayed in 16 bits."""
+    dense, model = tiny(family, torch.bfloat16), tiny(family, torch.bfloat16)
+    names = {name for name, module in dense.named_modules() if is_experts(module)}
+    assert len(names) == 2
+    quantize(model)
+    assert names == {name for name, module in model.named_modules() if isinstance(module, NF4Experts)}
+    big = [p for name in names for p in dense.get_submodule(name).parameters()]
+    bytes_of = lambda model: sum(p.nbytes for p in model.parameters())  # noqa: E731
+    assert bytes_of(dense) - bytes_of(model) > 0.74 * sum(p.nbytes for p in big)
+    assert count(model)[1] == sum(p.numel() for p in dense.parameters())
+    out = logits(model)
+    dequantize(model)
+    for name in names:
+        ours, theirs = model.get_submodule(name), dense.get_submodule(name)
+        assert type(ours) is type(theirs)
+        for weight, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert weight.dtype == torch.bfloat16 and not torch.equal(weight, other)
+            torch.testing.assert_close(weight, other, rtol=0, atol=0.2 * float(other.detach().abs().max()))
+    torch.testing.assert_close(logits(model), out, rtol=5e-2, atol=5e-2)
+    assert not any(isinstance(module, NF4Experts) for module in model.modules())
+
+
+def test_experts_that_are_left_dense() -> None:
+    """Those that skip names, those of another form, and those whose parts are not made of whole blocks."""
+    skipped = quantize(tiny("mixtral"), skip=["layers.0.mlp.experts"])
+    assert [name for name, m in skipped.named_modules() if isinstance(m, NF4Experts)] == ["model.layers.1.mlp.experts"]
+    assert not any(isinstance(m, NF4Experts) for m in quantize(tiny("mixtral"), skip=["experts"]).modules())
+    transposed = tiny("gpt-oss", attn_implementation="eager")
+    before = {name: p.clone() for name, p in transposed.named_parameters() if "experts" in name}
+    quantize(transposed)
+    assert before and all(torch.equal(transposed.get_parameter(name), p) for name, p in before.items())
+    odd = quantize(tiny("mixtral", intermediate_size=33), block_size=128)  # 64 * 33 is no multiple of 128
+    assert not any(isinstance(m, NF4Experts) for m in odd.modules())
+    assert any(isinstance(m, NF4Linear) for m in odd.modules())
+
+
+def test_experts_that_are_not_loaded_are_refused() -> None:
+    model = tiny("mixtral")
+    experts = model.model.layers[1].mlp.experts
+    experts.down_proj = nn.Parameter(experts.down_proj.to("meta"))
+    with pytest.raises(UserError, match=r"the down_proj of 'model\.layers\.1\.mlp\.experts' is on the meta device"):
+        quantize(model)
+    assert not any(isinstance(m, (NF4Experts, NF4Linear)) for m in model.modules())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
+def test_lora_trains_over_packed_experts(family: str) -> None:
+    model = get_peft_model(accelerate(quantize(tiny(family))), LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    losses = []
+    for _ in range(12):
+        loss = model(**batch()).loss
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.95 * losses[0]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
+@pytest.mark.parametrize("mode", ["full", "selective", "offload"])
+def test_checkpointing_over_packed_experts_changes_no_gradient(family: str, mode: str) -> None:
+    gradients = []
+    for checkpointing in ("none", mode):
+        model = accelerate(quantize(tiny(family)), checkpointing=checkpointing)
+        config = LoraConfig(r=4, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+        torch.manual_seed(1)
+        model = get_peft_model(model, config)
+        model(**batch()).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert len(gradients[0]) == 8
+    for name, gradient in gradients[0].items():
+        assert gradient is not None and float(gradient.abs().max()) > 0
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7)
 
 
 MEASURE = """

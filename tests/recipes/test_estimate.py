@@ -12,7 +12,15 @@ import pytest
 import torch
 from methods.families import METHODS, tiny
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MambaConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 
 from bench.tensor_memory import TensorMemory
 from fastpeft.cli import main
@@ -27,7 +35,7 @@ from fastpeft.methods import (
     get_peft_model,
 )
 from fastpeft.models import accelerate, quantize
-from fastpeft.nn import NF4Linear
+from fastpeft.nn import NF4Module
 from fastpeft.optim import AdamW, AdamW8bit
 from fastpeft.recipes.estimate import Setting, estimate, optimizer_bytes
 from fastpeft.recipes.estimate_adapter import trained
@@ -56,10 +64,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def step_memory(method: AdapterConfig, quantized: bool, mode: Any, fused: bool) -> dict[str, int]:
+def step_memory(
+    method: AdapterConfig, quantized: bool, mode: Any, fused: bool, config: PretrainedConfig = CONFIG
+) -> dict[str, int]:
     """Bytes of the tensors of the second step of training; those that exist within an op are not seen."""
     torch.manual_seed(0)
-    model: nn.Module = LlamaForCausalLM(CONFIG)
+    model: nn.Module = AutoModelForCausalLM.from_config(config)
     if quantized:
         quantize(model)
     if fused:
@@ -136,6 +146,55 @@ def test_within_a_tenth_of_the_tensors_of_a_step(name: str) -> None:
     assert dynamic == pytest.approx(seen["peak"] - seen["steady"], rel=0.2)
 
 
+_SIZES: dict[str, Any] = {"vocab_size": 1000, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+_SIZES |= {"num_key_value_heads": 1, "intermediate_size": 512}
+MIXTURES = {
+    "mixtral": MixtralConfig(**_SIZES, num_local_experts=8, num_experts_per_tok=2),
+    "qwen3-moe": Qwen3MoeConfig(**_SIZES, head_dim=32, num_experts=8, num_experts_per_tok=4, moe_intermediate_size=128),
+}
+
+
+@pytest.mark.parametrize("quantized", [True, False], ids=["nf4", "dense"])
+@pytest.mark.parametrize("mode", ["full", "none"])
+@pytest.mark.parametrize("family", list(MIXTURES))
+def test_within_a_tenth_of_the_tensors_of_a_mixtures_step(family: str, mode: Any, quantized: bool) -> None:
+    """Qwen3's experts were taken to be as wide as a dense layer, which made it twice what it is."""
+    method = LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    seen = step_memory(method, quantized, mode, fused=False, config=MIXTURES[family])
+    setting = Setting(
+        method,
+        quantized,
+        itemsize=4,
+        weight_itemsize=4,
+        batch=BATCH,
+        length=LENGTH,
+        checkpointing=mode,
+        fused=False,
+        device="cpu",
+    )
+    found = estimate(shape_of(MIXTURES[family], family), setting)
+    assert found.total - seen["steady"] == pytest.approx(seen["peak"] - seen["steady"], rel=0.1)
+
+
+def test_experts_that_all_tokens_pass_count_too() -> None:
+    config = Qwen2MoeConfig(
+        **_SIZES, num_experts=8, num_experts_per_tok=4, moe_intermediate_size=96, shared_expert_intermediate_size=256
+    )
+    shape = shape_of(config, "qwen2-moe")
+    assert (shape.intermediate, shape.experts) == (4 * 96 + 256, 4)
+    assert (shape_of(CONFIG, "llama").intermediate, shape_of(CONFIG, "llama").experts) == (512, 0)
+
+
+def test_loftq_packs_no_experts() -> None:
+    shape = shape_of(MIXTURES["mixtral"], "mixtral")
+    loftq = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="loftq")
+    real = get_peft_model(AutoModelForCausalLM.from_config(MIXTURES["mixtral"]), loftq)
+    experts = sum(p.numel() for name, p in real.named_parameters() if "experts" in name and p.is_floating_point())
+    assert experts == 4 * 8 * 3 * 512 * 128
+    found = estimate(shape, Setting(loftq)).weights
+    assert 2 * experts < found.dense < 2 * experts + 2 * 300_000
+
+
 # QLoRA, r = 16, 4 x 2048 tokens of Llama-3-8B's shape; entries of 2026-11-26 in bench/LOG.md.
 @pytest.mark.parametrize(
     ("layers", "mode", "budget", "gigabytes"),
@@ -177,7 +236,8 @@ def test_weights_are_those_of_the_model(family: str, options: dict[str, Any]) ->
     assert shape.parameters == sum(p.numel() for p in real.parameters())
     assert weight_bytes(shape, 2).total == sum(p.nbytes for p in real.parameters())
     quantize(real, **options)
-    packed = {id(m.weight): m.nf4.nbytes for m in real.modules() if isinstance(m, NF4Linear)}
+    modules = [m for m in real.modules() if isinstance(m, NF4Module)]
+    packed = {id(m.get_parameter(name)): nf4.nbytes for m in modules for name, nf4 in m.packed.items()}
     expected = sum(packed.get(id(p), p.nbytes) for p in real.parameters())
     assert weight_bytes(shape, 2, True, **options).total == expected
 

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from fastpeft.cli import main
 from fastpeft.methods import LoraConfig, PeftModel, get_peft_model
 from fastpeft.models import dequantize, load_pretrained, quantize
-from fastpeft.nn import NF4Linear
+from fastpeft.nn import NF4Experts, NF4Linear
 
 _IDS = torch.arange(5, 25)[None]
 
@@ -248,3 +249,61 @@ def test_a_full_disk_is_seen_before(tmp_path: Path, model_folder: Path, monkeypa
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(1, 1, 1))
     assert run("quantize", model_folder, tmp_path / "out") == 2
+
+
+# --- mixtures of experts ---
+@pytest.fixture(scope="module")
+def mixture_run(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    """A run over a packed Mixtral, whose folder lies in it."""
+    folder = tmp_path_factory.mktemp("mixture")
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    config = MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder / "model")
+    (folder / "config.yaml").write_text(
+        f"model:\n  path: {folder / 'model'}\n  dtype: float32\n  quantize: nf4\n", encoding="utf-8"
+    )
+    base = quantize(load_pretrained(folder / "model", dtype=torch.float32))
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "o_proj"], init_lora_weights=False))
+    adapted.save_pretrained(folder / "adapter")
+    return folder
+
+
+def packed_experts(model: nn.Module) -> int:
+    return sum(isinstance(module, NF4Experts) for module in model.modules())
+
+
+@pytest.mark.parametrize("to", ["dense", "nf4", "adapter"])
+def test_export_of_a_mixture(to: str, mixture_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("export", mixture_run, tmp_path / "out", "--to", to) == 0
+    base = quantize(load_pretrained(mixture_run / "model", dtype=torch.float32))
+    adapted = PeftModel.from_pretrained(base, tmp_path / "out" if to == "adapter" else mixture_run / "adapter")
+    if to == "adapter":
+        expected = logits(adapted)
+        assert torch.equal(logits(PeftModel.from_pretrained(adapted.unload(), mixture_run / "adapter")), expected)
+        return
+    merged = adapted.merge_and_unload()
+    found = load_pretrained(tmp_path / "out")
+    if to == "dense":
+        assert torch.equal(logits(found), logits(dequantize(merged)))
+        keys = safetensors.torch.load_file(tmp_path / "out/model.safetensors").keys()
+        assert keys == safetensors.torch.load_file(mixture_run / "model/model.safetensors").keys()
+    else:
+        assert packed_experts(found) == 2
+        assert torch.equal(logits(found), logits(quantize(dequantize(merged))))
+        printed = capsys.readouterr().out
+        assert "10 layers packed" in printed and "packing adds a relative error of " in printed
+
+
+def test_quantize_of_a_mixture(mixture_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("quantize", mixture_run / "model", tmp_path / "out") == 0
+    said = float(capsys.readouterr().out.split("10 layers packed, ")[1].split(" MB")[0])
+    stored = safetensors.torch.load_file(tmp_path / "out/model.safetensors")
+    constant = sum(value.nbytes for key, value in stored.items() if "quant_map" in key or "quant_state" in key)
+    assert said == pytest.approx((sum(value.nbytes for value in stored.values()) - constant) / 1e6, abs=0.006)
+    model = load_pretrained(tmp_path / "out")
+    assert packed_experts(model) == 2
+    assert torch.equal(logits(model), logits(quantize(load_pretrained(mixture_run / "model"))))
+    assert run("quantize", mixture_run / "model", tmp_path / "dense-experts", "--skip", "experts") == 0
+    assert packed_experts(load_pretrained(tmp_path / "dense-experts")) == 0

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from methods.families import tiny
 from torch import nn
 from trainers.tiny import tiny_llama, tiny_lora
 
-from fastpeft.nn import NF4Linear
+from fastpeft.methods import LoraConfig, get_peft_model
+from fastpeft.models import quantize
+from fastpeft.nn import NF4Experts, NF4Linear
 from fastpeft.optim import AdamW
 from fastpeft.trainers import SFTTrainer, memory
 from fastpeft.trainers.memory import PeakMemory, memory_by_kind
@@ -39,6 +42,17 @@ def test_kinds_add_up(kind: type[torch.optim.Optimizer]) -> None:
     assert sum(found.values()) == 10_000_000
     assert "activations" not in memory_by_kind(model, optimizer, "cpu", peak=None)
     assert set(memory_by_kind(model, optimizer, "cuda", peak=None).values()) == {0}, "nothing is on a GPU"
+
+
+def test_packed_experts_are_counted_with_their_scales() -> None:
+    model = get_peft_model(quantize(tiny("mixtral")), LoraConfig(r=4, target_modules=["q_proj"]))
+    found = memory_by_kind(model, stepped(model, AdamW), "cpu", peak=None)
+    experts = [module for module in model.modules() if isinstance(module, NF4Experts)]
+    packed = [module.nf4 for module in model.modules() if isinstance(module, NF4Linear)]
+    packed += [nf4 for module in experts for nf4 in module.packed.values()]
+    dense = sum(p.nbytes for p in model.parameters() if not p.requires_grad and p.dtype != torch.uint8)
+    assert len(experts) == 2
+    assert found["weights"] == dense + sum(b.nbytes for b in model.buffers()) + sum(nf4.nbytes for nf4 in packed)
 
 
 def test_all_weights_trained_are_no_frozen_ones() -> None:
