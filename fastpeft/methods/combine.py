@@ -76,13 +76,14 @@ def plan(configs: Mapping[str, Any], weights: Sequence[float], options: Options)
     for name, config in configs.items():
         if (
             config.use_dora
+            or config.target_parameters
             or config.modules_to_save
             or config.bias != "none"
             or begins_in_base(config.init_lora_weights)
         ):
             raise UserError(
-                f"add_weighted_adapter: '{name}' has DoRA, modules_to_save, trained biases or starting factors, which "
-                "a combination cannot express; merge it into the model instead"
+                f"add_weighted_adapter: '{name}' has DoRA, target_parameters, modules_to_save, trained biases or "
+                "starting factors, which a combination cannot express; merge it into the model instead"
             )
     rank = _rank(configs, options)
     return dataclasses.replace(

@@ -127,7 +127,10 @@ class AdapterConfig:
         for name, value in values.items():
             if isinstance(value, list) and not all(isinstance(entry, str) and entry for entry in value):
                 raise self._complain(f"{name}={value!r}; must be a list of module names")
-        if "target_modules" in values and values["target_modules"] in ([], ""):
+        parameters = getattr(self, "target_parameters", None)
+        if isinstance(parameters, str):
+            raise self._complain(f"target_parameters={parameters!r}; must be a list, ['{parameters}']")
+        if "target_modules" in values and values["target_modules"] in ([], "") and not parameters:
             raise self._complain("target_modules is empty; name some linear layers, or use 'all-linear'")
         if isinstance(saved := values.get("modules_to_save"), str):
             raise self._complain(f"modules_to_save={saved!r}; must be a list, ['{saved}']")

@@ -79,7 +79,8 @@ def inject_adapter(host: nn.Module, model: nn.Module, plan: AdapterPlan, adapter
     Raises:
         UserError: weights of the model are not loaded. Whatever is raised, the model is left as it was.
     """
-    for name in (*plan.targets, *plan.modules_to_save):
+    experts = dict.fromkeys(name.rpartition(".")[0] for name in plan.parameters)
+    for name in (*plan.targets, *plan.modules_to_save, *experts):
         if any(parameter.is_meta for parameter in model.get_submodule(name).parameters()):
             raise UserError(
                 f"the weight of '{name}' is on the meta device (not loaded, or offloaded); load the "

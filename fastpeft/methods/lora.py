@@ -10,7 +10,7 @@ from torch import nn
 from fastpeft.errors import UserError
 from fastpeft.methods.lora_config import LoraConfig
 from fastpeft.methods.targets import AdapterPlan, is_adaptable, plan_targets, replace_module
-from fastpeft.nn import IA3Linear, LoRAEmbedding, LoRALinear, NF4Linear
+from fastpeft.nn import IA3Linear, LoRAEmbedding, LoRAExperts, LoRALinear, NF4Linear
 from fastpeft.nn.base_weight import is_transposed
 
 # What PEFT adapts in a model family when target_modules is not given.
@@ -30,7 +30,7 @@ _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query
 
 
 class LoraMethod:
-    """LoRA on linear layers and embeddings."""
+    """LoRA on linear layers, embeddings and a mixture's experts."""
 
     def plan(self, model: nn.Module, config: LoraConfig, every_name: bool) -> AdapterPlan:
         """Resolve a configuration."""
@@ -73,6 +73,12 @@ class LoraMethod:
             first = shared.get(name.removesuffix(".base_layer"), name)
             a = None if first == name else _lora_at(model, first).lora_A[adapter_name]
             self._inject_linear(model, name, plan, adapter_name, a, undo)
+        by_module: dict[str, list[str]] = {}
+        for name in plan.parameters:
+            path, _, weight = name.rpartition(".")
+            by_module.setdefault(path, []).append(weight)
+        for path, weights in by_module.items():
+            self._inject_experts(model, path, weights, plan.config, adapter_name, undo)
 
     def _inject_linear(
         self,
@@ -120,6 +126,19 @@ class LoraMethod:
         rank, alpha = config.rank_of(name), config.alpha_of(name)
         start, dora = config.init_lora_weights, config.use_dora
         module.add_adapter(adapter_name, rank, alpha, config.use_rslora, start, dora)
+
+    def _inject_experts(
+        self, model: nn.Module, path: str, weights: list[str], config: LoraConfig, adapter_name: str, undo: ExitStack
+    ) -> None:
+        module = model.get_submodule(path)
+        if not isinstance(module, LoRAExperts):
+            undo.callback(replace_module, model, path, module)
+            module = LoRAExperts(module)
+            replace_module(model, path, module)
+        undo.callback(module.delete_adapter, adapter_name)
+        ranks = {weight: config.rank_of(f"{path}.{weight}") for weight in weights}
+        alphas = {weight: config.alpha_of(f"{path}.{weight}") for weight in weights}
+        module.add_adapter(adapter_name, ranks, alphas, config.use_rslora, config.init_lora_weights)
 
 
 def layers_of_one_input(plan: AdapterPlan) -> list[list[str]]:

@@ -17,16 +17,19 @@ _BIAS_CHOICES = ("none", "all", "lora_only")
 class LoraConfig(AdapterConfig):
     """A LoRA adapter: which layers, which rank and scale, how it starts.
 
-    Trained are r (k + n) numbers for a linear layer of weight ``(n, k)``, n more with DoRA, and r (v + d) for an
-    embedding ``(v, d)``; with ``shared_a`` r k less for each layer but the first of a group. Their fp32 values are the
-    extra memory, and 8 bytes each of AdamW's state; PiSSA and OLoRA keep 4 r (k + n) bytes of starting factors.
+    Trained are r (k + n) numbers for a linear layer of weight ``(n, k)`` or for each expert of a mixture, n more with
+    DoRA, and r (v + d) for an embedding ``(v, d)``; with ``shared_a`` r k less for each layer but the first of a group.
+    Their fp32 values are the extra memory, and 8 bytes each of AdamW's state; PiSSA and OLoRA keep 4 r (k + n) bytes of
+    starting factors.
 
     Args:
         r: rank of the update.
         target_modules: names of the layers to adapt, each matching a whole name or its last parts ("q_proj",
             "self_attn.q_proj"); or one regular expression for the whole name; or "all-linear" for every linear layer
             but the output embedding. None takes PEFT's choice for the model family. Embeddings, the output embedding
-            and GPT-2's Conv1D can be named too.
+            and GPT-2's Conv1D can be named too. An empty list, where ``target_parameters`` are given, adapts none.
+        target_parameters: names of weights of a mixture's experts, a whole name or its last parts
+            ("mlp.experts.gate_up_proj", "experts.down_proj"): each expert gets an A and a B.
         exclude_modules: names, or one regular expression, of layers to leave out of the above.
         lora_alpha: the update is scaled by ``lora_alpha / r``.
         lora_dropout: probability of dropping an element of the low-rank path's input, in training.
@@ -76,7 +79,6 @@ class LoraConfig(AdapterConfig):
         "lora_ga_config": (None,),
         "megatron_config": (None,),
         "monteclora_config": (None,),
-        "target_parameters": (None, []),
         "trainable_token_indices": (None, []),
         "use_bdlora": (None, False),
         "use_qalora": (False, None),
@@ -87,6 +89,7 @@ class LoraConfig(AdapterConfig):
 
     r: int = 8
     target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: list[str] | str | None = None
     lora_alpha: float = 8
     lora_dropout: float = 0.0
@@ -108,7 +111,14 @@ class LoraConfig(AdapterConfig):
     inference_mode: bool = False
 
     def __post_init__(self) -> None:
-        self._tidy("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+        self._tidy(
+            "target_modules",
+            "target_parameters",
+            "exclude_modules",
+            "modules_to_save",
+            "layers_to_transform",
+            "layers_pattern",
+        )
         self.rank_pattern = dict(self.rank_pattern or {})
         self.alpha_pattern = dict(self.alpha_pattern or {})
         self.loftq_config = dict(self.loftq_config or {})
@@ -155,12 +165,29 @@ class LoraConfig(AdapterConfig):
                 "path_initial_model_for_weight_conversion) or merge it"
             )
         self._check_loftq()
+        self._check_parameters()
         if self.shared_a and (begins_in_base(self.init_lora_weights) or self.init_lora_weights == "loftq"):
             raise self._complain(
                 f"shared_a with init_lora_weights={self.init_lora_weights!r}, which gives each layer an A of its own; "
                 "leave one of them out"
             )
         self._check_task_type()
+
+    def _check_parameters(self) -> None:
+        if not self.target_parameters:
+            return
+        others = {
+            "lora_dropout": self.lora_dropout != 0,
+            "use_dora": self.use_dora,
+            "init_lora_weights": self._began_specially,
+            "fan_in_fan_out": self.fan_in_fan_out,
+            "layers_to_transform": self.layers_to_transform is not None,
+        }
+        for name in (name for name, given in others.items() if given):
+            raise self._complain(
+                f"target_parameters with {name}={getattr(self, name)!r}, which LoRA of experts does not have; leave "
+                "one of them out"
+            )
 
     def _check_loftq(self) -> None:
         if self.loftq_config and self.init_lora_weights != "loftq":

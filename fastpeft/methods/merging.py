@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +12,15 @@ from fastpeft.errors import UserError
 from fastpeft.methods.bottleneck import ATTENTION_SITE, OUTPUT_SITE, remove_site
 from fastpeft.methods.modules_to_save import ModulesToSaveWrapper
 from fastpeft.methods.targets import outer_modules, replace_module
-from fastpeft.nn import AdaptedLinear, BottleneckSite, LoRAEmbedding, NF4Linear, Prompts
-from fastpeft.ops import nf4_dequantize, nf4_quantize
+from fastpeft.nn import AdaptedLinear, BottleneckSite, LoRAEmbedding, LoRAExperts, NF4Experts, NF4Linear, Prompts
+from fastpeft.ops import NF4Weight, nf4_dequantize, nf4_quantize
 
 logger = logging.getLogger(__name__)
 
-Mergeable = (AdaptedLinear, LoRAEmbedding)
+Mergeable = (AdaptedLinear, LoRAEmbedding, LoRAExperts)
 
 
-def mergeable(base: nn.Module) -> list[tuple[str, AdaptedLinear | LoRAEmbedding]]:
+def mergeable(base: nn.Module) -> list[tuple[str, AdaptedLinear | LoRAEmbedding | LoRAExperts]]:
     """Layers of a base model whose adapters can become part of a weight; of nested ones the outer."""
     return [(name, module) for name, module in outer_modules(base) if isinstance(module, Mergeable)]
 
@@ -33,7 +32,11 @@ def check_finite(base: nn.Module, names: Sequence[str]) -> None:
         UserError: one does; nothing is changed.
     """
     for module_name, module in mergeable(base):
-        if not module.merged_dense_weight(names).isfinite().all():
+        if isinstance(module, LoRAExperts):
+            weights = list(module.merged_dense_weights(names).values())
+        else:
+            weights = [module.merged_dense_weight(names)]
+        if not all(weight.isfinite().all() for weight in weights):
             raise UserError(
                 f"merge: the merged weight of '{module_name}' holds NaN or Inf; the adapter is broken or "
                 f"overflows the layer's dtype. No layer was changed"
@@ -69,7 +72,7 @@ def strip(wrapper: nn.Module, base: nn.Module, names: Sequence[str], requantize:
         The base model, frozen.
     """
     errors: dict[str, float] = {}
-    wrapped = (AdaptedLinear, LoRAEmbedding, ModulesToSaveWrapper)
+    wrapped = (*Mergeable, ModulesToSaveWrapper)
     for name in [name for name, module in outer_modules(base) if isinstance(module, wrapped)]:
         # By names only, so that each old weight can go.
         replace_module(base, name, _plain(base.get_submodule(name), names, requantize, name, errors))
@@ -101,17 +104,22 @@ def _plain(module: nn.Module, names: Sequence[str], requantize: bool, name: str,
             return base
         if requantize and isinstance(base, NF4Linear):
             dense = module.to_dense(names)
-            quantised, errors[name] = _requantised(dense.weight, base)  # type: ignore[arg-type]
+            quantised, errors[name] = _requantised(dense.weight, base.nf4)  # type: ignore[arg-type]
             return NF4Linear(quantised, dense.bias).train(module.training)  # type: ignore[arg-type]
+        if requantize and isinstance(base, NF4Experts):
+            dense, weights = module.to_dense(names), {}
+            for part, nf4 in base.packed.items():
+                weights[part], errors[f"{name}.{part}"] = _requantised(dense.get_parameter(part), nf4)
+            return NF4Experts(dense, **weights)
         return module.to_dense(names)
     assert isinstance(module, ModulesToSaveWrapper)
     copies = [module.modules_to_save[name] for name in names if name in module.modules_to_save]
     return copies[0] if copies else module.original_module
 
 
-def _requantised(weight: Tensor, base: NF4Linear) -> tuple[Any, float]:
+def _requantised(weight: Tensor, base: NF4Weight) -> tuple[NF4Weight, float]:
     """A weight in the base's NF4, and the relative norm of what that changes."""
-    packed = nf4_quantize(weight, base.nf4.block_size, base.nf4.double_quant)
+    packed = nf4_quantize(weight, base.block_size, base.double_quant)
     difference = nf4_dequantize(packed, torch.float32) - weight.float()
     return packed, float(difference.norm() / weight.float().norm().clamp_min(1e-30))
 

@@ -18,8 +18,9 @@ from torch import nn
 
 from fastpeft.errors import UserError
 from fastpeft.methods.modules_to_save import ModulesToSaveWrapper
-from fastpeft.nn import Adapted, AdaptedLinear, NF4Experts, NF4Module
+from fastpeft.nn import Adapted, AdaptedLinear, LoRAExperts, NF4Module
 from fastpeft.nn.base_weight import is_linear
+from fastpeft.nn.experts import EXPERT_WEIGHTS
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -32,6 +33,7 @@ class AdapterPlan:
         config: the configuration with ``target_modules`` resolved to what the adapter's file should say.
         targets: full names of the modules to adapt.
         modules_to_save: full names of the modules to copy whole.
+        parameters: full names of experts' weights to adapt.
         from_file: a file's values follow, so that none need be drawn or derived.
         holds_start: among them what a PiSSA or OLoRA adapter began with.
     """
@@ -39,6 +41,7 @@ class AdapterPlan:
     config: Any
     targets: tuple[str, ...]
     modules_to_save: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
     from_file: bool = False
     holds_start: bool = False
 
@@ -65,6 +68,11 @@ def plan_targets(
         UserError: nothing matches, a name matches nothing, or something matched cannot be adapted.
     """
     modules = dict(outer_modules(model))
+    parameters = plan_parameters(modules, config, every_name)
+    if parameters and config.target_modules == []:
+        if every_name:
+            _check_patterns(config, parameters)
+        return AdapterPlan(config, (), tuple(plan_modules_to_save(modules, config)), parameters)
     config = dataclasses.replace(config, target_modules=_resolve_targets(model, modules, config, defaults))
     named = [name for name in modules if matches(config.target_modules, name)]
     saved = plan_modules_to_save(modules, config)
@@ -77,11 +85,12 @@ def plan_targets(
     targets = [name for name in kept if _in_layers(config, name)]
     if every_name:
         _check_names_are_used(model, config, modules, named, kept)
+        _check_patterns(config, [*kept, *parameters])
     if not targets:
         raise UserError(_nothing_matches(model, config, modules, named, kept))
     for name in targets:
         _check_target(name, modules[name], can_adapt)
-    return AdapterPlan(config, tuple(targets), tuple(saved))
+    return AdapterPlan(config, tuple(targets), tuple(saved), parameters)
 
 
 def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -177,6 +186,53 @@ def plan_modules_to_save(modules: dict[str, nn.Module], config: Any) -> list[str
     return planned
 
 
+def plan_parameters(modules: dict[str, nn.Module], config: Any, every_name: bool) -> tuple[str, ...]:
+    """Full names of the experts' weights that a configuration names, in the order of the model.
+
+    Args:
+        modules: of a model, by full name.
+        config: its ``target_parameters`` are read, if it has them.
+        every_name: refuse names that match nothing while others match.
+    Raises:
+        UserError: a name matches nothing, or what cannot be adapted.
+    """
+    entries = getattr(config, "target_parameters", None) or []
+    if not entries:
+        return ()
+    named = {
+        f"{path}.{name}": module
+        for path, module in modules.items()
+        for name in _parameter_names(module)
+        if matches(entries, f"{path}.{name}")
+    }
+    for key, module in named.items():
+        if not has_experts(module):
+            raise UserError(
+                f"target_parameters: '{key}' is in a {type(module).__name__}, which cannot be adapted so; what can is "
+                "a mixture's experts with gate_up_proj and down_proj (experts, n, k), without biases. For linear "
+                "layers use target_modules"
+            )
+    known = [f"{path}.{name}" for path, m in modules.items() if has_experts(m) for name in EXPERT_WEIGHTS]
+    for entry in entries if every_name or not named else ():
+        if not any(_ends_with(key, entry) for key in named):
+            raise UserError(
+                f"target_parameters: '{entry}' matches no weight of the model; "
+                + (near(entry, known) if known else "it has no mixture of experts whose weights can be adapted")
+            )
+    return tuple(named)
+
+
+def has_experts(module: nn.Module) -> bool:
+    """Whether a module is the experts of a mixture, with adapters or without."""
+    return isinstance(module, LoRAExperts) or LoRAExperts.can_adapt(module)
+
+
+def _parameter_names(module: nn.Module) -> list[str]:
+    if isinstance(module, LoRAExperts):
+        return list(EXPERT_WEIGHTS)
+    return [] if isinstance(module, Adapted) else [name for name, _ in module.named_parameters(recurse=False)]
+
+
 def _check_module_to_save(name: str, module: nn.Module) -> None:
     if isinstance(module, ModulesToSaveWrapper):
         return
@@ -224,10 +280,6 @@ def _check_names_are_used(
     for entry in [excluded] if isinstance(excluded, str) else excluded or []:
         if not any(matches(excluded if isinstance(excluded, str) else [entry], name) for name in modules):
             raise UserError(f"exclude_modules: '{entry}' matches no module of the model; {near(entry, linear)}")
-    for option in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, option, {}):
-            if kept and not any(re.match(rf"(.*\.)?({pattern})$", name) for name in kept):
-                raise UserError(f"{option}: '{pattern}' matches none of the adapted layers; {near(pattern, kept)}")
     layers = getattr(config, "layers_to_transform", None)
     if layers is not None and kept:
         found = {index for name in kept if (index := _layer_index(config, name)) is not None}
@@ -242,6 +294,13 @@ def _check_names_are_used(
                 f"layers_to_transform: no target in layer {', '.join(map(str, absent))}; the model's layers with "
                 f"targets are {min(found)} to {max(found)}"
             )
+
+
+def _check_patterns(config: Any, adapted: Sequence[str]) -> None:
+    for option in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, option, {}):
+            if adapted and not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):
+                raise UserError(f"{option}: '{pattern}' matches none of the adapted layers; {near(pattern, adapted)}")
 
 
 def _nothing_matches(
@@ -307,13 +366,22 @@ def _is_foreign_linear(module: nn.Module) -> bool:
 
 def _advice(model: nn.Module, entry: str, linear: Iterable[str]) -> str:
     """What to write in place of a target that matches no module."""
-    packed = {f"{n}.{p}" for n, m in model.named_modules() if isinstance(m, NF4Experts) for p in m.packed}
-    for name, parameter in model.named_parameters():
-        if (parameter.dim() == 3 or name in packed) and _ends_with(name, entry):
-            return (
-                f"'{name}' is one parameter of all experts of a layer, which adapters cannot stand beside yet; adapt "
-                "the attention, or put a bottleneck adapter after the layer's experts (BottleneckAdapterConfig)"
-            )
+    for path, module in model.named_modules():
+        for name in _parameter_names(module):
+            if not _ends_with(f"{path}.{name}", entry):
+                continue
+            if has_experts(module):
+                last = path.rpartition(".")[2]
+                return (
+                    f"'{path}.{name}' is one weight of all experts of a layer; LoRA names it in "
+                    f"target_parameters=['{last}.{name}']"
+                )
+            if module.get_parameter(name).dim() == 3:
+                return (
+                    f"'{path}.{name}' is one weight of all experts of a layer, in a form that adapters cannot stand "
+                    "beside; adapt the attention, or put a bottleneck adapter after the layer's experts "
+                    "(BottleneckAdapterConfig)"
+                )
     return near(entry, linear)
 
 

@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import UserError
 from fastpeft.nn import Adapted, NF4Module
-from fastpeft.nn.nf4_experts import EXPERT_WEIGHTS, is_experts, whole_blocks
+from fastpeft.nn.experts import EXPERT_WEIGHTS, is_experts
+from fastpeft.nn.nf4_experts import whole_blocks
 
 LINEAR = (nn.Linear, Conv1D)
 

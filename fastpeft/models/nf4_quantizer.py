@@ -35,7 +35,7 @@ from fastpeft.models.choose import LINEAR, choose_layers, is_packable, weight_na
 from fastpeft.models.nf4_config import QUANT_METHOD, NF4Config
 from fastpeft.models.replace import linear_sizes
 from fastpeft.nn import NF4Experts, NF4Linear, NF4Module
-from fastpeft.nn.nf4_experts import EXPERT_WEIGHTS, is_experts
+from fastpeft.nn.experts import EXPERT_WEIGHTS, is_experts
 from fastpeft.ops import NF4Weight, nf4_quantize
 from fastpeft.ops.nf4_weight import STATE_KEY
 

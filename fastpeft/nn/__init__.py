@@ -6,6 +6,7 @@ from fastpeft.nn.bottleneck import BottleneckAdapter, BottleneckSite
 from fastpeft.nn.ia3 import IA3Linear
 from fastpeft.nn.lora import LoRALinear
 from fastpeft.nn.lora_embedding import LoRAEmbedding
+from fastpeft.nn.lora_experts import LoRAExperts
 from fastpeft.nn.nf4 import NF4Linear
 from fastpeft.nn.nf4_experts import NF4Experts
 from fastpeft.nn.nf4_module import NF4Module
@@ -18,6 +19,7 @@ __all__ = [
     "BottleneckSite",
     "IA3Linear",
     "LoRAEmbedding",
+    "LoRAExperts",
     "LoRALinear",
     "NF4Experts",
     "NF4Linear",

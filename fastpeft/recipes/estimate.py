@@ -21,7 +21,7 @@ from typing import Literal
 from fastpeft.methods import AdapterConfig, FullConfig
 from fastpeft.methods.lora_config import LoraConfig
 from fastpeft.models.plan import LayerBytes, Planner
-from fastpeft.nn.nf4_experts import is_experts
+from fastpeft.nn.experts import is_experts
 from fastpeft.ops.linear_loss import chunk_rows
 from fastpeft.optim.adamw8bit import MIN_8BIT_SIZE
 from fastpeft.optim.placement import CELL_BYTES
@@ -215,8 +215,8 @@ def kept_bytes(shape: ModelShape, setting: Setting, what: Trained, tokens: int) 
     bottleneck adapters s d more a site, with (IA)^3 2 s f. Without fused layers there are s f more for the activation
     function, 8 d a norm for its fp32 values where s is 2, and checkpointing keeps s d.
 
-    A mixture keeps s e d for the gradient of the shares, and of the inputs of products attention's, s 2 d; packed
-    experts compute the activation function again.
+    A mixture keeps s e d for the gradient of the shares, and of the inputs of products attention's, s 2 d, and with
+    adapters beside the experts s (e d + f) more; packed or adapted experts compute the activation function again.
 
     Args:
         shape: the model.
@@ -230,8 +230,11 @@ def kept_bytes(shape: ModelShape, setting: Setting, what: Trained, tokens: int) 
     everything += s * shape.experts * d
     if what.saves in ("inputs", "dora"):
         everything += s * (2 * d if shape.experts else 3 * d + f)
+    if what.beside_experts:
+        everything += s * (shape.experts * d + f)
     if not setting.fused:
-        everything += (0 if shape.experts and setting.quantize else s * f) + (16 * d if s == 2 else 0)
+        own_gate = not (what.beside_experts or (shape.experts and setting.quantize))
+        everything += (s * f if own_gate else 0) + (16 * d if s == 2 else 0)
     everything += s * d * what.sites // shape.layers + (2 * s * f if what.saves == "scaled" else 0)
     if setting.checkpointing == "none":
         return Kept(shape.layers * everything * tokens, 0, everything * tokens, "all")
@@ -268,7 +271,7 @@ def _layer_work(shape: ModelShape, setting: Setting, what: Trained, kept: str) -
     and the gradient of their product, 3 f, and the product where the down-projection's input is needed, f, which
     (IA)^3 has twice, with a gradient. ``selective`` has gate and up already. Where a layer is not recomputed the
     gradients of gate and up have memory of their own. DoRA keeps two values beside each output. Layers that are
-    recomputed whole have all activations of ``none``.
+    recomputed whole have all activations of ``none``; adapters beside experts need the gradient of gate and up twice.
     """
     d, f = shape.hidden, shape.intermediate
     product = {"nothing": 0, "whole layer": 0, "scaled": 3 * f}.get(what.saves, f)
@@ -276,7 +279,7 @@ def _layer_work(shape: ModelShape, setting: Setting, what: Trained, kept: str) -
         return d + 3 * f - min(product, f)
     if what.saves == "whole layer" or not setting.fused:
         inside = dataclasses.replace(setting, checkpointing="none")
-        return kept_bytes(shape, inside, what, 1).first // setting.itemsize + d + 3 * f
+        return kept_bytes(shape, inside, what, 1).first // setting.itemsize + d + (5 if what.beside_experts else 3) * f
     work = 3 * d + 3 * f + product
     if kept == "outputs":
         work -= 2 * f

@@ -41,6 +41,7 @@ class Trained:
         saves: what backward of a layer needs.
         sites: of bottleneck adapters.
         largest: numbers of a parameter of the embedding or the head, where these train.
+        beside_experts: whether adapters are beside a mixture's experts.
     """
 
     numbers: int
@@ -50,14 +51,15 @@ class Trained:
     saves: Saves = "inputs"
     sites: int = 0
     largest: int = 0
+    beside_experts: bool = False
 
 
 def trained(model: nn.Module, config: AdapterConfig) -> Trained:
     """Count what a configuration trains.
 
-    LoRA: r (k + n) for a weight ``(n, k)``, n more with DoRA, r (v + d) for an embedding; (IA)^3: n, or k of a
-    feed-forward layer; prompt tuning: v d; P-tuning: the encoder of `fastpeft.nn.prompt`; a bottleneck's site:
-    2 b d + b + d, 2 d more for each LayerNorm and 1 for a learned scaling; full: p.
+    LoRA: r (k + n) for a weight ``(n, k)``, each expert's too, n more with DoRA, r (v + d) for an embedding; (IA)^3: n,
+    or k of a feed-forward layer; prompt tuning: v d; P-tuning: the encoder of `fastpeft.nn.prompt`; a bottleneck's
+    site: 2 b d + b + d, 2 d more for each LayerNorm and 1 for a learned scaling; full: p.
 
     Args:
         model: a skeleton of the model.
@@ -102,7 +104,13 @@ def _lora(model: nn.Module, plan: Any, saved: int) -> Trained:
         numbers += r * (n + (0 if name in follows else k)) + (n if config.use_dora else 0)
         beside += 4 * n if config.use_dora else 0
         beside += 4 * r * (n + k) if begins_in_base(config.init_lora_weights) else 0
-    return Trained(numbers + saved, numbers, beside, saves="dora" if config.use_dora else "inputs", largest=saved)
+    for name in plan.parameters:
+        path, _, weight = name.rpartition(".")
+        count, n, k = model.get_submodule(path).get_parameter(weight).shape
+        numbers += config.rank_of(name) * count * (n + k)
+    saves: Saves = "dora" if config.use_dora else "inputs"
+    experts = bool(plan.parameters)
+    return Trained(numbers + saved, numbers, beside, saves=saves, largest=saved, beside_experts=experts)
 
 
 def _full(model: nn.Module, config: FullConfig) -> Trained:

@@ -23,7 +23,7 @@ def test_label_and_id_read_as_documented() -> None:
 
 
 def test_registry_has_the_suites_by_their_names() -> None:
-    assert list(SUITES) == ["nf4_quant", "nf4_gemm", "lora", "blocks", "adamw", "paged_adamw", "loss"]
+    assert list(SUITES) == ["nf4_quant", "nf4_gemm", "experts", "lora", "blocks", "adamw", "paged_adamw", "loss"]
     assert all(name == suite.name for name, suite in SUITES.items())
 
 

@@ -36,7 +36,7 @@ def test_list_names_every_suite(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (
             ["nf4_gem"],
             "no suite 'nf4_gem'; did you mean 'nf4_gemm'? "
-            "the suites are nf4_quant, nf4_gemm, lora, blocks, adamw, paged_adamw, loss",
+            "the suites are nf4_quant, nf4_gemm, experts, lora, blocks, adamw, paged_adamw, loss",
         ),
         (["lora", "--filter", "m=7"], "no case of lora contains 'm=7'; --list SUITE shows the ids"),
         (["lora", "--reps", "0"], "--reps is 0; it takes 1 or more"),

@@ -107,7 +107,7 @@ def test_refuses(options: dict[str, object], message: str) -> None:
         ({"peft_type": "IA3"}, "peft_type is 'IA3'; LoraConfig reads 'LORA'"),
         ({"target_modlues": ["q_proj"]}, "unknown key 'target_modlues'; did you mean 'target_modules'"),
         ({"zzz": 1}, "unknown key 'zzz'; known keys: r, target_modules"),
-        ({"target_parameters": ["mlp.experts"]}, r"target_parameters=\['mlp.experts'\] is a PEFT option"),
+        ({"kasa_config": {"beta": 1}}, r"kasa_config=.* is a PEFT option"),
         ({"layer_replication": [[0, 1]]}, "layer_replication=.* would change the result"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"lora_bias": True}, "lora_bias=True"),

@@ -69,10 +69,3 @@ def test_all_weights(family: str, tmp_path: Path) -> None:
     assert torch.equal(logits(loaded, ids), expected)
     with pytest.raises(UserError, match=r"NF4|quantised"):
         get_peft_model(quantize(tiny(family)), FullConfig())
-
-
-def test_experts_are_refused_by_name_with_what_to_do_instead() -> None:
-    """Mixtral's experts are one parameter each layer, beside which no low-rank update stands yet."""
-    for names in (["gate_up_proj"], ["q_proj", "down_proj"]):
-        with pytest.raises(UserError, match=r"one parameter of all experts of a layer.*bottleneck adapter"):
-            get_peft_model(tiny("mixtral"), LoraConfig(target_modules=names))

@@ -187,13 +187,6 @@ def test_refuses_and_changes_nothing(kind: type, options: dict[str, Any], messag
     assert [(n, p.requires_grad) for n, p in model.named_parameters()] == before
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["dense", "nf4"])
-def test_fused_experts_are_refused_with_a_reason(packed: bool) -> None:
-    model = quantize(tiny("mixtral")) if packed else tiny("mixtral")
-    with pytest.raises(UserError, match="is one parameter of all experts of a layer"):
-        get_peft_model(model, LoraConfig(target_modules=["gate_up_proj"]))
-
-
 def test_packed_experts_are_not_trained_whole() -> None:
     model = quantize(tiny("mixtral"))
     with pytest.raises(UserError, match=r"'model\.layers\.0\.mlp\.experts\.gate_up_proj' is quantised"):

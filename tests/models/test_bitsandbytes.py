@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from fastpeft.errors import UserError
 from fastpeft.models import NF4Config, load_pretrained, quantize
 from fastpeft.nn import NF4Experts, NF4Linear
-from fastpeft.nn.nf4_experts import is_experts
+from fastpeft.nn.experts import is_experts
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="needs the package bitsandbytes, which is not installed"

@@ -17,7 +17,7 @@ from fastpeft.methods import LoraConfig, get_peft_model
 from fastpeft.methods.counting import count
 from fastpeft.models import accelerate, dequantize, quantize
 from fastpeft.nn import NF4Experts, NF4Linear
-from fastpeft.nn.nf4_experts import is_experts
+from fastpeft.nn.experts import is_experts
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from fastpeft.nn import NF4Experts
-from fastpeft.nn.nf4_experts import EXPERT_WEIGHTS, is_experts
+from fastpeft.nn.experts import EXPERT_WEIGHTS, is_experts
 from fastpeft.ops import nf4_quantize
 
 EXPERTS, HIDDEN, INNER, TOKENS, CHOSEN = 4, 64, 96, 23, 2

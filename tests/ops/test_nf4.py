@@ -230,7 +230,7 @@ def test_large_weight_goes_by_slabs_on_the_cpu() -> None:
     assert_ratio(ops.nf4_linear(x, w), x @ dense.t(), x.double() @ dense.double().t())
     from fastpeft.ops import nf4
 
-    parts = [(rows, slab.clone()) for rows, slab in nf4._row_slabs(w.operands, 3000, 1000, torch.float32)]
+    parts = [(rows, slab.clone()) for rows, slab in nf4.row_slabs(w.operands, 3000, 1000, torch.float32)]
     assert len(parts) > 1
     assert_exact(torch.cat([slab for _, slab in parts]), dense)
     dx = torch.ops.fastpeft.nf4_linear_dx(dy, *w.operands, 3000, 1000)

@@ -157,9 +157,13 @@ MIXTURES = {
 @pytest.mark.parametrize("quantized", [True, False], ids=["nf4", "dense"])
 @pytest.mark.parametrize("mode", ["full", "none"])
 @pytest.mark.parametrize("family", list(MIXTURES))
-def test_within_a_tenth_of_the_tensors_of_a_mixtures_step(family: str, mode: Any, quantized: bool) -> None:
+@pytest.mark.parametrize("parameters", [None, ["experts.gate_up_proj", "experts.down_proj"]], ids=["", "experts"])
+def test_within_a_tenth_of_the_tensors_of_a_mixtures_step(
+    parameters: list[str] | None, family: str, mode: Any, quantized: bool
+) -> None:
     """Qwen3's experts were taken to be as wide as a dense layer, which made it twice what it is."""
-    method = LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    method = LoraConfig(r=4 if parameters else 16, target_modules=attention, target_parameters=parameters)
     seen = step_memory(method, quantized, mode, fused=False, config=MIXTURES[family])
     setting = Setting(
         method,
