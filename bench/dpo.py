@@ -21,7 +21,7 @@ import torch
 from transformers import TrainerCallback
 
 from bench.case import PeerMissing
-from bench.step import PROJECTIONS, Setup, empty_llama, random_nf4, stdout_to_stderr, word_tokenizer
+from bench.step import PROJECTIONS, Setup, empty_model, random_nf4, stdout_to_stderr, word_tokenizer
 
 Row = dict[str, str]
 LEARNING_RATE = 1e-5
@@ -78,7 +78,7 @@ def fastpeft(setup: Setup, clock: Clock, folder: str) -> Training:
     from fastpeft.models import accelerate
     from fastpeft.trainers import DPOConfig, DPOTrainer
 
-    model = empty_llama(setup, lambda linear: random_nf4(linear.out_features, linear.in_features, setup))
+    model = empty_model(setup, lambda linear: random_nf4(linear.out_features, linear.in_features, setup))
     accelerate(model, checkpointing=setup.checkpointing, activation_budget_gb=setup.budget_gb)
     args = DPOConfig(
         output_dir=folder,

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from bench.step import Setup, empty_llama, random_nf4, stdout_to_stderr
+from bench.step import Setup, empty_model, random_nf4, stdout_to_stderr
 from bench.tensor_memory import TensorMemory
 
 LEARNING_RATE = 1e-4
@@ -102,7 +102,7 @@ def _cases(setup: MemorySetup) -> list[dict[str, Any]]:
         None, _OF_SIZE, setup.method, rank=setup.rank, batch=setup.batch, checkpointing=setup.checkpointing
     )
     setting = replace(setting, device=setup.device)
-    shape = shape_of(setup.llama_config(), setup.method)
+    shape = shape_of(setup.model_config(), setup.method)
     model = build(setup, setting)
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
     cases = []
@@ -129,7 +129,7 @@ def build(setup: Setup, setting: Any) -> nn.Module:
     def layer(linear: nn.Linear) -> nn.Module:
         return random_nf4(linear.out_features, linear.in_features, setup) if setting.quantize else linear
 
-    base = empty_llama(setup, layer)
+    base = empty_model(setup, layer)
     accelerate(base, checkpointing=setting.checkpointing)
     model: nn.Module = get_peft_model(base, setting.method)
     return model.train()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from bench.dpo import LEARNING_RATE, Clock, pairs
-from bench.step import PROJECTIONS, Setup, empty_llama, random_nf4, stdout_to_stderr, word_tokenizer
+from bench.step import PROJECTIONS, Setup, empty_model, random_nf4, stdout_to_stderr, word_tokenizer
 
 
 def run(setup: Setup) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def _measure(setup: Setup) -> dict[str, Any]:
     from fastpeft.trainers.heads import with_score
 
     cuda = setup.device == "cuda"
-    base = empty_llama(setup, lambda linear: random_nf4(linear.out_features, linear.in_features, setup))
+    base = empty_model(setup, lambda linear: random_nf4(linear.out_features, linear.in_features, setup))
     accelerate(base, checkpointing=setup.checkpointing, activation_budget_gb=setup.budget_gb)
     config = LoraConfig(r=setup.rank, lora_alpha=32, target_modules=list(PROJECTIONS))
     model: Any = get_peft_model(base, config)

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,10 @@ class Setup:
         heads: query heads.
         kv_heads: key and value heads.
         vocab: size of the vocabulary.
+        experts: of a mixture, in the form of Qwen3-MoE; 0 for a Llama.
+        chosen: experts of a token.
+        expert_width: features inside an expert.
+        adapts_experts: of fastpeft, adapters beside the experts too, not only in the attention.
         batch: sequences.
         tokens: of a sequence.
         rank: of the adapters.
@@ -59,6 +64,10 @@ class Setup:
     heads: int = 32
     kv_heads: int = 8
     vocab: int = 128256
+    experts: int = 0
+    chosen: int = 8
+    expert_width: int = 768
+    adapts_experts: bool = False
     batch: int = 4
     tokens: int = 2048
     rank: int = 16
@@ -71,24 +80,38 @@ class Setup:
     profile: bool = False
     seed: int = 0
 
-    def llama_config(self) -> Any:
-        """The model's configuration, for transformers."""
-        from transformers import LlamaConfig
+    @property
+    def projections(self) -> list[str]:
+        """Linear layers with adapters: all seven, of a mixture those of the attention."""
+        return list(PROJECTIONS[:4] if self.experts else PROJECTIONS)
 
-        return LlamaConfig(
-            vocab_size=self.vocab,
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            max_position_embeddings=max(8192, self.tokens),
-            rope_theta=500000.0,
-            attn_implementation="sdpa",
-            tie_word_embeddings=False,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=3,
+    def model_config(self) -> Any:
+        """The model's configuration, for transformers."""
+        from transformers import LlamaConfig, Qwen3MoeConfig
+
+        sizes: dict[str, Any] = {
+            "vocab_size": self.vocab,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "max_position_embeddings": max(8192, self.tokens),
+            "attn_implementation": "sdpa",
+            "tie_word_embeddings": False,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 3,
+        }
+        if not self.experts:
+            return LlamaConfig(**sizes, rope_theta=500000.0)
+        return Qwen3MoeConfig(
+            **sizes,
+            head_dim=128 if self.hidden >= 1024 else self.hidden // self.heads,
+            num_experts=self.experts,
+            num_experts_per_tok=self.chosen,
+            moe_intermediate_size=self.expert_width,
+            norm_topk_prob=True,
         )
 
 
@@ -115,12 +138,16 @@ def fastpeft(setup: Setup) -> Stack:
     from fastpeft.models import accelerate, report
     from fastpeft.optim import AdamW
 
-    base = empty_llama(setup, lambda linear: random_nf4(linear.out_features, linear.in_features, setup))
-    accelerate(base, checkpointing=setup.checkpointing, activation_budget_gb=setup.budget_gb)
-    model = get_peft_model(
-        base,
-        LoraConfig(r=setup.rank, lora_alpha=32, lora_dropout=setup.dropout, target_modules=list(PROJECTIONS)),
+    base = empty_model(
+        setup,
+        lambda linear: random_nf4(linear.out_features, linear.in_features, setup),
+        lambda experts: random_nf4_experts(experts, setup),
     )
+    accelerate(base, checkpointing=setup.checkpointing, activation_budget_gb=setup.budget_gb)
+    lora = LoraConfig(r=setup.rank, lora_alpha=32, lora_dropout=setup.dropout, target_modules=setup.projections)
+    if setup.adapts_experts:
+        lora.target_parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    model = get_peft_model(base, lora)
     model.train()
     budget = "" if setup.budget_gb is None else f" {setup.budget_gb:g} GB"
     return Stack(
@@ -131,18 +158,30 @@ def fastpeft(setup: Setup) -> Stack:
     )
 
 
-def empty_llama(setup: Setup, make: Callable[[nn.Linear], nn.Module]) -> Any:
-    """A Llama in bf16 whose linear layers but the last are made one by one, so that it never stands there dense."""
-    from transformers import LlamaForCausalLM
+def empty_model(
+    setup: Setup,
+    make: Callable[[nn.Linear], nn.Module],
+    make_experts: Callable[[nn.Module], nn.Module] | None = None,
+) -> Any:
+    """A model in bf16 whose linear layers but the last are made one by one, so that it never stands there dense.
 
-    config = setup.llama_config()
+    Args:
+        setup: the sizes.
+        make: a linear layer from one on the meta device.
+        make_experts: likewise a mixture's experts; without, they are dense.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = setup.model_config()
     with torch.device("meta"):
-        model: Any = LlamaForCausalLM(config).to(torch.bfloat16)
+        model: Any = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     torch.manual_seed(setup.seed)
     for name, module in list(model.named_modules()):
+        parent, _, child = name.rpartition(".")
         if isinstance(module, nn.Linear) and name != "lm_head":
-            parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, make(module))
+        elif child == "experts" and make_experts is not None:
+            setattr(model.get_submodule(parent), child, make_experts(module))
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
@@ -166,24 +205,35 @@ def word_tokenizer(setup: Setup) -> Any:
 
 
 def random_nf4(n: int, k: int, setup: Setup) -> nn.Module:
-    """A 4-bit layer of random codes; its scales are about 0.04, its weights of a standard deviation of about 0.02."""
+    """A 4-bit layer of random codes."""
     from fastpeft.nn import NF4Linear
+
+    return NF4Linear(_random_codes((n, k), setup))
+
+
+def random_nf4_experts(experts: nn.Module, setup: Setup) -> nn.Module:
+    """A mixture's experts of random codes."""
+    from fastpeft.nn import NF4Experts
+
+    return NF4Experts(experts, **{name: _random_codes(p.shape, setup) for name, p in experts.named_parameters()})
+
+
+def _random_codes(shape: Sequence[int], setup: Setup) -> Any:
+    """Its scales are about 0.04, its weights of a standard deviation of about 0.02."""
     from fastpeft.ops import NF4Weight
     from fastpeft.ops.nf4_weight import dynamic_map
 
-    device = torch.device(setup.device)
-    blocks = -(-n * k // 64)
-    return NF4Linear(
-        NF4Weight(
-            torch.randint(256, (n * k // 2, 1), dtype=torch.uint8, device=device),
-            torch.randint(256, (blocks,), dtype=torch.uint8, device=device),
-            torch.full((-(-blocks // 256),), 0.005, device=device),
-            dynamic_map(device),
-            torch.full((), 0.04, device=device),
-            (n, k),
-            64,
-            torch.bfloat16,
-        )
+    device, numel = torch.device(setup.device), math.prod(shape)
+    blocks = -(-numel // 64)
+    return NF4Weight(
+        torch.randint(256, (numel // 2, 1), dtype=torch.uint8, device=device),
+        torch.randint(256, (blocks,), dtype=torch.uint8, device=device),
+        torch.full((-(-blocks // 256),), 0.005, device=device),
+        dynamic_map(device),
+        torch.full((), 0.04, device=device),
+        tuple(shape),
+        64,
+        torch.bfloat16,
     )
 
 

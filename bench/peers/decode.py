@@ -15,12 +15,12 @@ from torch import Tensor
 
 from bench.case import require
 from bench.decode import DecodeSetup, Decoding, shake_adapters
-from bench.peers.train_step import bitsandbytes_llama
+from bench.peers.train_step import bitsandbytes_model
 from bench.step import PROJECTIONS
 
 
 def _hf(setup: DecodeSetup, cache: str | None) -> Decoding:
-    model = bitsandbytes_llama(setup).eval()
+    model = bitsandbytes_model(setup).eval()
     if setup.adapter:
         peft = require("peft")
         config = peft.LoraConfig(r=setup.rank, lora_alpha=32, target_modules=list(PROJECTIONS))
@@ -37,7 +37,7 @@ def _hf(setup: DecodeSetup, cache: str | None) -> Decoding:
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new_tokens,
             do_sample=False,
-            pad_token_id=setup.llama_config().pad_token_id,
+            pad_token_id=setup.model_config().pad_token_id,
             **options,
         )
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from bench.case import require
 from bench.dpo import LEARNING_RATE, Clock, Training, pairs
-from bench.peers.train_step import bitsandbytes_llama
+from bench.peers.train_step import bitsandbytes_model
 from bench.step import PROJECTIONS, Setup, word_tokenizer
 
 
@@ -27,7 +27,7 @@ def _trl(setup: Setup, clock: Clock, folder: str) -> Training:
         disable_tqdm=True,
     )
     trainer = trl.DPOTrainer(
-        model=bitsandbytes_llama(setup),
+        model=bitsandbytes_model(setup),
         args=args,
         train_dataset=datasets.Dataset.from_list(pairs(setup)),
         processing_class=word_tokenizer(setup),

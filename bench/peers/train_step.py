@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from bench.case import require
-from bench.step import PROJECTIONS, Setup, Stack, empty_llama, word_tokenizer
+from bench.step import Setup, Stack, empty_model, word_tokenizer
 
 
-def bitsandbytes_llama(setup: Setup) -> Any:
-    """A Llama whose linear layers but the last are bitsandbytes' NF4, double-quantised."""
+def bitsandbytes_model(setup: Setup) -> Any:
+    """A model whose linear layers but the last are bitsandbytes' NF4, double-quantised; experts stay dense."""
     bnb = require("bitsandbytes")
 
     def make(linear: nn.Linear) -> nn.Module:
@@ -43,7 +43,7 @@ def bitsandbytes_llama(setup: Setup) -> Any:
         layer.weight = packed.to(setup.device)
         return layer
 
-    model = empty_llama(setup, make)
+    model = empty_model(setup, make)
     model.is_loaded_in_4bit = True  # as `from_pretrained` marks it; PEFT chooses its layer by it
     return model
 
@@ -53,14 +53,14 @@ def _hf(setup: Setup, liger: bool) -> Stack:
     if liger:
         require("liger_kernel")
         importlib.import_module("liger_kernel.transformers").apply_liger_kernel_to_llama()
-    model = bitsandbytes_llama(setup)
+    model = bitsandbytes_model(setup)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     config = peft.LoraConfig(
         r=setup.rank,
         lora_alpha=32,
         lora_dropout=setup.dropout,
-        target_modules=list(PROJECTIONS),
+        target_modules=setup.projections,
         task_type="CAUSAL_LM",
     )
     model = peft.get_peft_model(model, config)
@@ -92,7 +92,7 @@ def _unsloth(setup: Setup, checkpointing: str | bool) -> Stack:
         lora_alpha=32,
         lora_dropout=setup.dropout,
         bias="none",
-        target_modules=list(PROJECTIONS),
+        target_modules=setup.projections,
         use_gradient_checkpointing=checkpointing,
     )
     model.train()
@@ -112,7 +112,7 @@ def _saved_llama(setup: Setup) -> Path:
     torch.manual_seed(setup.seed)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(setup.device):
-        model = LlamaForCausalLM(setup.llama_config())
+        model = LlamaForCausalLM(setup.model_config())
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder)
     del model

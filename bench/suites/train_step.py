@@ -37,6 +37,19 @@ TINY = {
     "warmup": 1,
 }
 _QUICK = {"layers": 8}
+# Qwen3-30B-A3B.
+_MIXTURE = {
+    "layers": 48,
+    "hidden": 2048,
+    "intermediate": 6144,
+    "heads": 32,
+    "kv_heads": 4,
+    "vocab": 151936,
+    "experts": 128,
+    "chosen": 8,
+    "expert_width": 768,
+}
+_TINY_MIXTURE = {**TINY, "experts": 4, "chosen": 2, "expert_width": 64}
 _MODES = ("full", "selective", "offload", "none")
 _NAMED_COSTS = 3
 _SHOWN_KERNELS = 25
@@ -72,6 +85,8 @@ def main(arguments: list[str], results: Path) -> int:
 def format_row(setup: Setup, outcome: dict[str, Any], ours: dict[str, Any] | None, suite: str = NAME) -> str:
     """One line: the stack, tokens a second, time, memory, and fastpeft's speed and memory beside a peer's."""
     name = setup.stack if setup.stack != OURS else f"{OURS} {setup.checkpointing}"
+    if setup.adapts_experts:
+        name += " experts too"
     if setup.stack == OURS and setup.budget_gb is not None:
         name += f" {setup.budget_gb:g} GB"
     label = f"{suite} {name:<22}"
@@ -117,7 +132,10 @@ def _setups(options: argparse.Namespace) -> list[Setup]:
         ValueError: a peer, a kind of checkpointing or a number that cannot be used.
     """
     names = ("layers", "batch", "tokens", "rank", "steps", "dropout")
-    sizes = read_sizes(options, names, TINY, _QUICK if options.quick else {})
+    if options.mixture:
+        sizes = read_sizes(options, names, _TINY_MIXTURE, {**_MIXTURE, **(_QUICK if options.quick else {})})
+    else:
+        sizes = read_sizes(options, names, TINY, _QUICK if options.quick else {})
     base = Setup(seed=options.seed, **sizes)
     modes = known_names(options.checkpointing, _MODES, "kind of checkpointing")
     peers = known_names(options.peers, STACKS, "peer")
@@ -133,6 +151,8 @@ def _setups(options: argparse.Namespace) -> list[Setup]:
         )
         for mode in modes
     ]
+    if options.mixture:
+        ours.append(replace(ours[0], adapts_experts=True))
     return [*ours, *(replace(base, stack=peer) for peer in peers)]
 
 
@@ -158,10 +178,14 @@ def read_sizes(
 
 
 def _describe(setup: Setup) -> str:
+    if setup.experts:
+        kind, adapted = "Mixture", "the attention"
+        inner = f"{setup.chosen} of {setup.experts} experts of {setup.expert_width}"
+    else:
+        kind, adapted, inner = "Llama", "all projections", str(setup.intermediate)
     return (
-        f"Llama of random weights, {setup.layers} layers of {setup.hidden}/{setup.intermediate}, vocabulary "
-        f"{setup.vocab}; {setup.batch} x {setup.tokens} tokens, NF4, r={setup.rank} on all projections, "
-        f"dropout {setup.dropout:g}"
+        f"{kind} of random weights, {setup.layers} layers of {setup.hidden}/{inner}, vocabulary {setup.vocab}; "
+        f"{setup.batch} x {setup.tokens} tokens, NF4, r={setup.rank} on {adapted}, dropout {setup.dropout:g}"
     )
 
 
@@ -175,7 +199,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--attention", choices=("auto", "flash", "cudnn"), default="auto", help="fastpeft's kernels first"
     )
-    parser.add_argument("--layers", type=int, help="default 32")
+    parser.add_argument(
+        "--mixture", action="store_true", help="the shape of Qwen3-30B-A3B; of peers only hf, whose experts stay dense"
+    )
+    parser.add_argument("--layers", type=int, help="default 32, of a mixture 48")
     parser.add_argument("--batch", type=int, help="sequences, default 4")
     parser.add_argument("--tokens", type=int, help="of a sequence, default 2048")
     parser.add_argument("--rank", type=int, help="default 16")

@@ -6,6 +6,8 @@ vocabulary of 128,256, are needed by nobody. Output layer and cross-entropy then
 be read, the class's own forward runs; ``skip_logits=True`` or ``False`` decides otherwise. ``count_correct=True`` asks
 how many targets have the greatest logit, which costs a further product over the vocabulary.
 
+A mixture that is asked for its router's logits adds a loss of them: then the class's own forward runs too.
+
 An output layer with adapters is no product that the op knows. Its logits are then made by the layer itself, a chunk of
 tokens at a time, and made again in backward.
 """
@@ -23,7 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    CausalLMOutputWithPast,
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+)
 
 from fastpeft.models.fused import STRUCTURE
 from fastpeft.models.structure import Random, Unknown, difference, probing, shallow_copy, tolerance
@@ -125,9 +131,9 @@ class _Hidden(nn.Module):
         super().__init__()
         self._hidden = hidden
 
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        """Give the hidden states."""
-        return BaseModelOutputWithPast(last_hidden_state=self._hidden)  # type: ignore[arg-type]
+    def forward(self, *args: Any, **kwargs: Any) -> MoeModelOutputWithPast:
+        """Give the hidden states; mixtures ask for their router's logits, others do not look."""
+        return MoeModelOutputWithPast(last_hidden_state=self._hidden)  # type: ignore[arg-type]
 
 
 def _confirm(module: nn.Module, structure: CausalLM) -> None:
@@ -140,7 +146,7 @@ def _confirm(module: nn.Module, structure: CausalLM) -> None:
     for extra in ({}, {"num_items_in_batch": 5}):
         with probing(probed):
             own = probed(input_ids=ids.clamp(min=0), labels=ids, **extra)
-            if type(own) is not CausalLMOutputWithPast or own.loss is None:
+            if type(own) not in (CausalLMOutputWithPast, MoeCausalLMOutputWithPast) or own.loss is None:
                 raise Unknown(f"it answers with a {type(own).__name__}")
             loss = _loss(structure, getattr(module, structure.head), hidden, _targets(ids, extra), extra)
         if not difference(loss.float(), own.loss.float()) <= tolerance(hidden):
@@ -237,6 +243,9 @@ def make_forward(own: Callable[..., Any]) -> Callable[..., Any]:
         extra = arguments.pop(rest, {})
         labels, keep = arguments.pop("labels", None), arguments.pop("logits_to_keep", 0)
         if labels is None and extra.get("shift_labels") is None:
+            return own(self, *args, **kwargs)
+        balances = arguments.get("output_router_logits")
+        if balances or (balances is None and getattr(self.config, "output_router_logits", False)):
             return own(self, *args, **kwargs)
         del arguments["self"]
         arguments.setdefault("use_cache", False)  # nobody goes on generating from a loss

@@ -356,3 +356,22 @@ def test_where_logits_are_read_they_are_there() -> None:
     model.eval()
     assert model(**inputs).logits is not None
     assert model(**inputs, skip_logits=True).logits is None
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe", "olmoe"])
+def test_a_mixtures_loss_needs_no_logits_unless_its_router_is_balanced(family: str) -> None:
+    plain = tiny(family)
+    fused = fastpeft.accelerate(copy.deepcopy(plain))
+    assert counts(fused)["loss"] == 1
+    inputs = batch()
+    out, expected = fused(**inputs), plain(**inputs)
+    assert out.logits is None
+    torch.testing.assert_close(out.loss, expected.loss, rtol=1e-5, atol=1e-6)
+    balanced = fused(**inputs, output_router_logits=True)
+    assert balanced.logits is not None and balanced.aux_loss is not None
+    torch.testing.assert_close(balanced.loss, plain(**inputs, output_router_logits=True).loss, rtol=1e-5, atol=1e-6)
+    assert balanced.loss > out.loss
+    for model in (fused, plain):
+        model.config.output_router_logits = True
+    torch.testing.assert_close(fused(**inputs).loss, plain(**inputs).loss, rtol=1e-5, atol=1e-6)
+    assert torch.equal(fused(**inputs).loss, balanced.loss)

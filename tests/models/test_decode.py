@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,26 @@ def test_fused_blocks(base: str, family: str, device: str) -> None:
     fastpeft.accelerate(model)
     engine = DecodeEngine(model, max_batch=4)
     assert tokens_of(engine.generate(PROMPTS, DecodeOptions(max_new_tokens=8))) == own(model, PROMPTS, 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "lora"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
+def test_steps_of_a_packed_mixture_are_captured(family: str, adapted: bool) -> None:
+    """On Hopper nobody asks the device which experts have tokens; a warning would say that steps are launched."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("other devices multiply one expert after the other")
+    model: Any = fastpeft.quantize(tiny(family).to("cuda", torch.bfloat16))
+    if adapted:
+        parameters = ["experts.gate_up_proj", "experts.down_proj"]
+        config = fastpeft.LoraConfig(r=8, target_modules=["q_proj"], target_parameters=parameters)
+        model = _shaken(fastpeft.get_peft_model(model, config))
+    engine = DecodeEngine(model, max_batch=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = tokens_of(engine.generate(PROMPTS, DecodeOptions(8)))
+    launched = tokens_of(DecodeEngine(model, max_batch=3, use_graphs=False).generate(PROMPTS, DecodeOptions(8)))
+    assert found == launched
 
 
 def _shaken(model: nn.Module) -> nn.Module:
