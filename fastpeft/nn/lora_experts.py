@@ -167,12 +167,11 @@ class LoRAExperts(Adapted):
         return linear_experts(x, self.base_layer.get_parameter(name), routing.ends)
 
     def _add(self, y: Tensor, adapter_name: str, name: str, x: Tensor, ends: Tensor) -> Tensor:
-        """The base's output and what an adapter adds to it."""
+        """Add to the base's output, in place, what an adapter adds to it."""
         if name not in self.r[adapter_name]:
             return y
         a, b = self.factors(adapter_name, name)
-        low_rank = linear_experts(linear_experts(x, a, ends), b, ends)
-        return y + (self.scaling[adapter_name][name] * low_rank).to(y.dtype)
+        return y.add_(linear_experts(linear_experts(x, a, ends), self.scaling[adapter_name][name] * b, ends))
 
     def factors(self, adapter_name: str, name: str) -> tuple[Tensor, Tensor]:
         """A ``(experts, r, k)`` and B ``(experts, n, r)`` beside one weight."""

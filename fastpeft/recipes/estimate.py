@@ -271,7 +271,7 @@ def _layer_work(shape: ModelShape, setting: Setting, what: Trained, kept: str) -
     and the gradient of their product, 3 f, and the product where the down-projection's input is needed, f, which
     (IA)^3 has twice, with a gradient. ``selective`` has gate and up already. Where a layer is not recomputed the
     gradients of gate and up have memory of their own. DoRA keeps two values beside each output. Layers that are
-    recomputed whole have all activations of ``none``; adapters beside experts need the gradient of gate and up twice.
+    recomputed whole have all activations of ``none``.
     """
     d, f = shape.hidden, shape.intermediate
     product = {"nothing": 0, "whole layer": 0, "scaled": 3 * f}.get(what.saves, f)
@@ -279,7 +279,7 @@ def _layer_work(shape: ModelShape, setting: Setting, what: Trained, kept: str) -
         return d + 3 * f - min(product, f)
     if what.saves == "whole layer" or not setting.fused:
         inside = dataclasses.replace(setting, checkpointing="none")
-        return kept_bytes(shape, inside, what, 1).first // setting.itemsize + d + (5 if what.beside_experts else 3) * f
+        return kept_bytes(shape, inside, what, 1).first // setting.itemsize + d + 3 * f
     work = 3 * d + 3 * f + product
     if kept == "outputs":
         work -= 2 * f

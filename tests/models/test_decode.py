@@ -104,7 +104,8 @@ def test_steps_of_a_packed_mixture_are_captured(family: str, adapted: bool) -> N
     """On Hopper nobody asks the device which experts have tokens; a warning would say that steps are launched."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("other devices multiply one expert after the other")
-    model: Any = fastpeft.quantize(tiny(family).to("cuda", torch.bfloat16))
+    sizes = {"intermediate_size": 128} | ({"moe_intermediate_size": 64} if family == "qwen3-moe" else {})
+    model: Any = fastpeft.quantize(tiny(family, **sizes).to("cuda", torch.bfloat16))
     if adapted:
         parameters = ["experts.gate_up_proj", "experts.down_proj"]
         config = fastpeft.LoraConfig(r=8, target_modules=["q_proj"], target_parameters=parameters)
