@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.case import PeerMissing
-from bench.step import PROJECTIONS, Setup, empty_model, random_nf4, stdout_to_stderr
+from bench.step import Setup, empty_model, random_nf4, random_nf4_experts, stdout_to_stderr
 
 Generate = Callable[[Tensor, int], Any]
 
@@ -60,10 +60,14 @@ def fastpeft(setup: DecodeSetup) -> Decoding:
     from fastpeft.models import accelerate
     from fastpeft.models.decode import DecodeEngine, DecodeOptions
 
-    model = empty_model(setup, lambda linear: random_nf4(linear.out_features, linear.in_features, setup))
+    model = empty_model(
+        setup,
+        lambda linear: random_nf4(linear.out_features, linear.in_features, setup),
+        lambda experts: random_nf4_experts(experts, setup),
+    )
     accelerate(model.eval())
     if setup.adapter:
-        model = get_peft_model(model, LoraConfig(r=setup.rank, lora_alpha=32, target_modules=list(PROJECTIONS))).eval()
+        model = get_peft_model(model, LoraConfig(r=setup.rank, lora_alpha=32, target_modules=setup.projections)).eval()
         shake_adapters(model)
     engine = DecodeEngine(model, max_batch=max(setup.batches))
 

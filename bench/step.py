@@ -85,6 +85,13 @@ class Setup:
         """Linear layers with adapters: all seven, of a mixture those of the attention."""
         return list(PROJECTIONS[:4] if self.experts else PROJECTIONS)
 
+    def describe(self) -> str:
+        """The model in words."""
+        kind, inner = "Llama", str(self.intermediate)
+        if self.experts:
+            kind, inner = "Mixture", f"{self.chosen} of {self.experts} experts of {self.expert_width}"
+        return f"{kind} of random weights, {self.layers} layers of {self.hidden}/{inner}, vocabulary {self.vocab}"
+
     def model_config(self) -> Any:
         """The model's configuration, for transformers."""
         from transformers import LlamaConfig, Qwen3MoeConfig

@@ -16,14 +16,13 @@ from torch import Tensor
 from bench.case import require
 from bench.decode import DecodeSetup, Decoding, shake_adapters
 from bench.peers.train_step import bitsandbytes_model
-from bench.step import PROJECTIONS
 
 
 def _hf(setup: DecodeSetup, cache: str | None) -> Decoding:
     model = bitsandbytes_model(setup).eval()
     if setup.adapter:
         peft = require("peft")
-        config = peft.LoraConfig(r=setup.rank, lora_alpha=32, target_modules=list(PROJECTIONS))
+        config = peft.LoraConfig(r=setup.rank, lora_alpha=32, target_modules=setup.projections)
         model = peft.get_peft_model(model, config)
         shake_adapters(model.eval())
     model.config.use_cache = True

@@ -20,7 +20,7 @@ from bench.peers.decode import STACKS
 from bench.process import known_names, run_stacks
 from bench.report import format_ratio
 from bench.step import Setup, median
-from bench.suites.train_step import TINY, read_sizes
+from bench.suites.train_step import MIXTURE, TINY, TINY_MIXTURE, read_sizes
 
 NAME = "decode"
 ABOUT = "greedy decoding on the shape of Llama-3-8B, each stack in its process; it has options of its own (--help)"
@@ -93,7 +93,10 @@ def _setups(options: argparse.Namespace) -> list[DecodeSetup]:
     """
     names = ("layers", "prompt_tokens", "new_tokens", "steps")
     small = {**_TINY_SHAPE, "steps": 1, "warmup": 1, "batches": (1, 3), "prompt_tokens": 16, "new_tokens": 8}
-    sizes = read_sizes(options, names, small, {"steps": 3, "warmup": 1})
+    large: dict[str, Any] = {"steps": 3, "warmup": 1}
+    if options.mixture:
+        small, large = {**TINY_MIXTURE, **small}, {**MIXTURE, **large}
+    sizes = read_sizes(options, names, small, large)
     if options.batches is not None:
         given = options.batches.split(",")
         if not all(batch.isdecimal() and int(batch) > 0 for batch in given):
@@ -105,17 +108,15 @@ def _setups(options: argparse.Namespace) -> list[DecodeSetup]:
 
 def _describe(setup: DecodeSetup) -> str:
     adapter = f", LoRA of rank {setup.rank} unmerged" if setup.adapter else ""
-    return (
-        f"Llama of random weights, {setup.layers} layers of {setup.hidden}/{setup.intermediate}, vocabulary "
-        f"{setup.vocab}, NF4{adapter}; {setup.prompt_tokens} + {setup.new_tokens} tokens, greedy"
-    )
+    return f"{setup.describe()}, NF4{adapter}; {setup.prompt_tokens} + {setup.new_tokens} tokens, greedy"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m bench {NAME}", description=ABOUT)
     parser.add_argument("--peers", default="hf-static", metavar="A,B", help=f"of {', '.join(STACKS)}; '' for none")
     parser.add_argument("--batches", metavar="A,B", help="prompts at a time, default 1,16,64")
-    parser.add_argument("--layers", type=int, help="default 32")
+    parser.add_argument("--mixture", action="store_true", help="the shape of Qwen3-30B-A3B; peers' experts stay dense")
+    parser.add_argument("--layers", type=int, help="default 32, of a mixture 48")
     parser.add_argument("--prompt-tokens", type=int, help="default 128")
     parser.add_argument("--new-tokens", type=int, help="default 64")
     parser.add_argument("--adapter", action="store_true", help="with LoRA on all linear layers but the head, unmerged")

@@ -38,7 +38,7 @@ TINY = {
 }
 _QUICK = {"layers": 8}
 # Qwen3-30B-A3B.
-_MIXTURE = {
+MIXTURE = {
     "layers": 48,
     "hidden": 2048,
     "intermediate": 6144,
@@ -49,7 +49,7 @@ _MIXTURE = {
     "chosen": 8,
     "expert_width": 768,
 }
-_TINY_MIXTURE = {**TINY, "experts": 4, "chosen": 2, "expert_width": 64}
+TINY_MIXTURE = {**TINY, "experts": 4, "chosen": 2, "expert_width": 64}
 _MODES = ("full", "selective", "offload", "none")
 _NAMED_COSTS = 3
 _SHOWN_KERNELS = 25
@@ -133,7 +133,7 @@ def _setups(options: argparse.Namespace) -> list[Setup]:
     """
     names = ("layers", "batch", "tokens", "rank", "steps", "dropout")
     if options.mixture:
-        sizes = read_sizes(options, names, _TINY_MIXTURE, {**_MIXTURE, **(_QUICK if options.quick else {})})
+        sizes = read_sizes(options, names, TINY_MIXTURE, {**MIXTURE, **(_QUICK if options.quick else {})})
     else:
         sizes = read_sizes(options, names, TINY, _QUICK if options.quick else {})
     base = Setup(seed=options.seed, **sizes)
@@ -178,14 +178,10 @@ def read_sizes(
 
 
 def _describe(setup: Setup) -> str:
-    if setup.experts:
-        kind, adapted = "Mixture", "the attention"
-        inner = f"{setup.chosen} of {setup.experts} experts of {setup.expert_width}"
-    else:
-        kind, adapted, inner = "Llama", "all projections", str(setup.intermediate)
+    adapted = "the attention" if setup.experts else "all projections"
     return (
-        f"{kind} of random weights, {setup.layers} layers of {setup.hidden}/{inner}, vocabulary {setup.vocab}; "
-        f"{setup.batch} x {setup.tokens} tokens, NF4, r={setup.rank} on {adapted}, dropout {setup.dropout:g}"
+        f"{setup.describe()}; {setup.batch} x {setup.tokens} tokens, NF4, r={setup.rank} on {adapted}, dropout "
+        f"{setup.dropout:g}"
     )
 
 

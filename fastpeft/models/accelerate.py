@@ -30,6 +30,7 @@ from fastpeft.models.structure import (
     Random,
     Unknown,
     difference,
+    holds_experts,
     looks_like_attention,
     looks_like_layer,
     looks_like_mlp,
@@ -287,7 +288,7 @@ def _changes(model: nn.Module, norm: bool, rope: bool, mlp: bool, loss: bool) ->
             continue
         if rope:
             yield "attention", f"{name}.self_attn", partial(probes.change_attention, attention, like)
-        if mlp:
+        if mlp and not holds_experts(gated):
             yield "mlp", f"{name}.mlp", partial(probes.change_mlp, gated, like)
         if norm:
             yield "layer", name, partial(probes.change_layer, module, like)

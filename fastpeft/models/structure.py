@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastpeft.nn import LoRAExperts, NF4Experts
+from fastpeft.nn.experts import is_experts
 from fastpeft.nn.gated import ACTIVATIONS, find_activation
 from fastpeft.ops import rms_norm
 
@@ -138,6 +140,11 @@ def looks_like_mlp(module: nn.Module) -> bool:
     return hasattr(module, "down_proj") and (
         (hasattr(module, "gate_proj") and hasattr(module, "up_proj")) or hasattr(module, "gate_up_proj")
     )
+
+
+def holds_experts(module: nn.Module) -> bool:
+    """Whether a module chooses between experts: no gated MLP, and nothing to complain of."""
+    return any(isinstance(child, (NF4Experts, LoRAExperts)) or is_experts(child) for child in module.children())
 
 
 def read_mlp(module: nn.Module) -> MLP:

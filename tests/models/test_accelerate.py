@@ -363,6 +363,7 @@ def test_a_mixtures_loss_needs_no_logits_unless_its_router_is_balanced(family: s
     plain = tiny(family)
     fused = fastpeft.accelerate(copy.deepcopy(plain))
     assert counts(fused)["loss"] == 1
+    assert "mlp" not in {left.kind for left in report(fused).left}
     inputs = batch()
     out, expected = fused(**inputs), plain(**inputs)
     assert out.logits is None
