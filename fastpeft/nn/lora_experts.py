@@ -85,7 +85,7 @@ class LoRAExperts(Adapted):
         for name in EXPERT_WEIGHTS:
             if name in r:
                 experts, n, k = self._shape(name)
-                a, b = plain_start(n, k, experts * r[name], init_lora_weights)
+                a, b = plain_start(n, k, r[name], init_lora_weights, experts)
                 a_parts[name] = nn.Parameter(_a_here(a.weight.detach(), experts))
                 b_parts[name] = nn.Parameter(_b_here(b.weight.detach(), experts))
         device = next(self.base_layer.parameters()).device

@@ -34,8 +34,10 @@ def begins_in_base(how: bool | str) -> bool:
     return isinstance(how, str) and (how == "olora" or how.startswith("pissa"))
 
 
-def plain_start(n: int, k: int, r: int, how: bool | str) -> tuple[nn.Linear, nn.Linear]:
+def plain_start(n: int, k: int, r: int, how: bool | str, experts: int = 1) -> tuple[nn.Linear, nn.Linear]:
     """A ``(r, k)`` and B ``(n, r)`` on the CPU, drawn in PEFT's order: one seed gives the same start in both libraries.
+
+    Of several experts A is ``(experts r, k)`` and B ``(n, r experts)``, drawn as one.
 
     Args:
         n: output features.
@@ -43,9 +45,10 @@ def plain_start(n: int, k: int, r: int, how: bool | str) -> tuple[nn.Linear, nn.
         r: rank.
         how: True (A uniform as in ``nn.Linear``, B zero), "gaussian" (A normal with standard deviation 1 / r, B zero),
             or False (A and B both as in ``nn.Linear``); any other start is drawn as True.
+        experts: how many there are.
     """
-    a = nn.Linear(k, r, bias=False, device="cpu", dtype=torch.float32)
-    b = nn.Linear(r, n, bias=False, device="cpu", dtype=torch.float32)
+    a = nn.Linear(k, experts * r, bias=False, device="cpu", dtype=torch.float32)
+    b = nn.Linear(experts * r, n, bias=False, device="cpu", dtype=torch.float32)
     if how == "gaussian":
         nn.init.normal_(a.weight, std=1 / r)
     elif how:

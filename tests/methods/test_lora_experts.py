@@ -112,6 +112,20 @@ def test_files_are_pefts_both_ways(parameters: list[str], tmp_path: Path) -> Non
     assert not torch.allclose(logits(here, tokens()), logits(ours, tokens()), atol=1e-3)
 
 
+@pytest.mark.parametrize("start", ["gaussian", False], ids=str)
+def test_other_starts_are_drawn_as_pefts(start: Any) -> None:
+    ours = make(init_lora_weights=start, target_modules=[])
+    torch.manual_seed(2)
+    options = {"r": 4, "lora_alpha": 8, "target_modules": [], "target_parameters": BOTH, "init_lora_weights": start}
+    theirs = peft.get_peft_model(base(), peft.LoraConfig(**options))
+    downs = {name: p for name, p in theirs.named_parameters() if "lora_A.default" in name}
+    assert len(downs) == 4
+    for name, a in downs.items():
+        layer = ours.get_submodule(name.partition(".experts")[0] + ".experts")
+        weight = "gate_up_proj" if "base_layer.lora" in name else "down_proj"
+        assert torch.equal(layer.factors("default", weight)[0].reshape(a.shape), a)
+
+
 def test_a_mixed_batch_gives_each_sample_its_adapter() -> None:
     model = make()
     model.add_adapter("down", config(target_modules=[], target_parameters=BOTH[1:], r=2))
