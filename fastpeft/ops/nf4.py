@@ -201,16 +201,20 @@ def by_slabs(x2d: Tensor, slabs: Iterator[tuple[slice, Tensor]], out: Tensor, bi
 
 def dx_by_slabs(dy2d: Tensor, slabs: Iterator[tuple[slice, Tensor]], out: Tensor) -> None:
     """Write ``dy2d @ w`` into ``out``, w given by ``row_slabs``."""
-    total = None
+    begun, total = False, None
     for rows, slab in slabs:
         part = dy2d[:, rows]
-        if total is None:
-            total = part @ slab
+        if not begun:
+            begun = True
+            torch.mm(part, slab, out=out)
         elif slab.dtype.itemsize == 2:  # summed in float32, rounded once
-            total = total.float().add_(part @ slab)
+            total = (out.float() if total is None else total).add_(part @ slab)
         else:
-            total.addmm_(part, slab)
-    out.zero_() if total is None else out.copy_(total)
+            out.addmm_(part, slab)
+    if not begun:
+        out.zero_()
+    elif total is not None:
+        out.copy_(total)
 
 
 def operands_of(values: list[Any]) -> Operands:
