@@ -37,7 +37,7 @@ def check_transformers() -> None:
     if gone:
         raise FastpeftError(
             f"transformers {transformers.__version__} has no Trainer.{gone[0]}, on which safe checkpoints and steps "
-            "rest; install transformers>=5.5"
+            "rest; install transformers>=5.23"
         )
 
 
