@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from trainers.tiny import assert_equal_weights, losses_of, tiny_llama, weights_of
+from trainers.tiny import assert_equal_weights, losses_of, tiny_llama, tiny_mixture, weights_of
 
 import fastpeft
 from fastpeft.errors import UserError
@@ -33,6 +33,8 @@ METHODS: dict[str, AdapterConfig] = {
     "pissa": LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa"),
     "shared-a": LoraConfig(r=4, target_modules="all-linear", shared_a=True),
     "embedding": LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"]),
+    "dora-embedding": LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"], use_dora=True),
+    "experts": LoraConfig(r=4, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
     "ia3": IA3Config(),
     "prompt": PromptTuningConfig(num_virtual_tokens=6),
     "p-tuning": PromptEncoderConfig(num_virtual_tokens=6, encoder_hidden_size=16),
@@ -47,7 +49,7 @@ methods = pytest.mark.parametrize("name", list(METHODS))
 
 
 def make(name: str, quantised: bool = False) -> Any:
-    base: nn.Module = tiny_llama()
+    base: nn.Module = tiny_mixture() if name == "experts" else tiny_llama()
     torch.manual_seed(8)
     return get_peft_model(quantize(base) if quantised else base, METHODS[name])
 

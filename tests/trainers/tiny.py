@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from fastpeft.methods import LoraConfig, get_peft_model
 from fastpeft.models import quantize
 from fastpeft.trainers import SFTTrainer
 
+_SIZES: dict[str, Any] = {
+    "vocab_size": 200,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 3,
+}
+
 
 def tiny_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     torch.manual_seed(7)
-    config = LlamaConfig(
-        vocab_size=200,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=3,
-    )
-    return LlamaForCausalLM(config).to(dtype)
+    return LlamaForCausalLM(LlamaConfig(**_SIZES)).to(dtype)
+
+
+def tiny_mixture() -> MixtralForCausalLM:
+    torch.manual_seed(7)
+    return MixtralForCausalLM(MixtralConfig(**_SIZES, num_local_experts=4, num_experts_per_tok=2))
 
 
 def tiny_lora(quantized: bool = False, dropout: float = 0.1, dtype: torch.dtype = torch.float32) -> nn.Module:
