@@ -10,11 +10,12 @@
 #include "common/integer.h"
 #include "cuda/device_limits.h"
 #include "cuda/nf4_linear_tiles_plan.h"
+#include "fastpeft/experts.h"
 #include "fastpeft/nf4_experts.h"
 
 namespace fastpeft::cuda {
 
-constexpr int kMostExperts = 1024;  // a thread each
+constexpr int kMostExperts = kMostRoutedExperts;  // a thread each
 
 struct NF4ExpertsSizes {
   int64_t m, experts, n, k;

@@ -17,7 +17,7 @@ from fastpeft.methods import bottleneck, ia3, lora, prompts
 from fastpeft.methods.config_base import AdapterConfig
 from fastpeft.methods.lora_config import LoraConfig
 from fastpeft.methods.modules_to_save import ModulesToSaveWrapper
-from fastpeft.methods.targets import AdapterPlan, replace_module
+from fastpeft.methods.targets import AdapterPlan, wrap_module
 
 
 class Method(Protocol):
@@ -92,11 +92,7 @@ def inject_adapter(host: nn.Module, model: nn.Module, plan: AdapterPlan, adapter
     try:
         METHODS[type(plan.config)].inject(host, model, plan, adapter_name, undo)
         for name in plan.modules_to_save:
-            module = model.get_submodule(name)
-            if not isinstance(module, ModulesToSaveWrapper):
-                undo.callback(replace_module, model, name, module)
-                module = ModulesToSaveWrapper(module)
-                replace_module(model, name, module)
+            module = wrap_module(model, name, ModulesToSaveWrapper, undo)
             module.add_adapter(adapter_name)
             undo.callback(module.delete_adapter, adapter_name)
     except BaseException:

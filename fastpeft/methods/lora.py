@@ -9,7 +9,7 @@ from torch import nn
 
 from fastpeft.errors import UserError
 from fastpeft.methods.lora_config import LoraConfig
-from fastpeft.methods.targets import AdapterPlan, is_adaptable, plan_targets, replace_module
+from fastpeft.methods.targets import AdapterPlan, is_adaptable, plan_targets, replace_module, wrap_module
 from fastpeft.nn import IA3Linear, LoRAEmbedding, LoRAExperts, LoRALinear, NF4Linear
 from fastpeft.nn.base_weight import is_transposed
 
@@ -117,11 +117,7 @@ class LoraMethod:
     def _inject_embedding(
         self, model: nn.Module, name: str, config: LoraConfig, adapter_name: str, undo: ExitStack
     ) -> None:
-        module = model.get_submodule(name)
-        if not isinstance(module, LoRAEmbedding):
-            undo.callback(replace_module, model, name, module)
-            module = LoRAEmbedding(module)
-            replace_module(model, name, module)
+        module = wrap_module(model, name, LoRAEmbedding, undo)
         undo.callback(module.delete_adapter, adapter_name)
         rank, alpha = config.rank_of(name), config.alpha_of(name)
         start, dora = config.init_lora_weights, config.use_dora
@@ -130,11 +126,7 @@ class LoraMethod:
     def _inject_experts(
         self, model: nn.Module, path: str, weights: list[str], config: LoraConfig, adapter_name: str, undo: ExitStack
     ) -> None:
-        module = model.get_submodule(path)
-        if not isinstance(module, LoRAExperts):
-            undo.callback(replace_module, model, path, module)
-            module = LoRAExperts(module)
-            replace_module(model, path, module)
+        module = wrap_module(model, path, LoRAExperts, undo)
         undo.callback(module.delete_adapter, adapter_name)
         ranks = {weight: config.rank_of(f"{path}.{weight}") for weight in weights}
         alphas = {weight: config.alpha_of(f"{path}.{weight}") for weight in weights}

@@ -11,8 +11,9 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -21,7 +22,9 @@ from fastpeft.methods.modules_to_save import ModulesToSaveWrapper
 from fastpeft.nn import Adapted, AdaptedLinear, LoRAExperts, NF4Module
 from fastpeft.nn.base_weight import is_linear
 from fastpeft.nn.experts import EXPERT_WEIGHTS
+from fastpeft.nn.lora_experts import has_experts
 
+_Wrapper = TypeVar("_Wrapper", bound=nn.Module)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -122,6 +125,24 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, new)
 
 
+def wrap_module(model: nn.Module, name: str, kind: type[_Wrapper], undo: ExitStack) -> _Wrapper:
+    """The wrapper of a kind around the module ``name``: the one that is there, or a new one in its place.
+
+    Args:
+        model: the model that holds it.
+        name: full name.
+        kind: the wrapper's class.
+        undo: how to take a new one out again.
+    """
+    module = model.get_submodule(name)
+    if isinstance(module, kind):
+        return module
+    undo.callback(replace_module, model, name, module)
+    wrapper = kind(module)
+    replace_module(model, name, wrapper)
+    return wrapper
+
+
 def _resolve_targets(
     model: nn.Module,
     modules: dict[str, nn.Module],
@@ -212,19 +233,14 @@ def plan_parameters(modules: dict[str, nn.Module], config: Any, every_name: bool
                 "a mixture's experts with gate_up_proj and down_proj (experts, n, k), without biases. For linear "
                 "layers use target_modules"
             )
-    known = [f"{path}.{name}" for path, m in modules.items() if has_experts(m) for name in EXPERT_WEIGHTS]
     for entry in entries if every_name or not named else ():
         if not any(_ends_with(key, entry) for key in named):
+            known = [f"{path}.{name}" for path, m in modules.items() if has_experts(m) for name in EXPERT_WEIGHTS]
             raise UserError(
                 f"target_parameters: '{entry}' matches no weight of the model; "
                 + (near(entry, known) if known else "it has no mixture of experts whose weights can be adapted")
             )
     return tuple(named)
-
-
-def has_experts(module: nn.Module) -> bool:
-    """Whether a module is the experts of a mixture, with adapters or without."""
-    return isinstance(module, LoRAExperts) or LoRAExperts.can_adapt(module)
 
 
 def _parameter_names(module: nn.Module) -> list[str]:

@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastpeft.nn import LoRAExperts, NF4Experts
-from fastpeft.nn.experts import is_experts
 from fastpeft.nn.gated import ACTIVATIONS, find_activation
+from fastpeft.nn.lora_experts import has_experts
 from fastpeft.ops import rms_norm
 
 # Largest relative difference (norms) between a module's own output and the fused one on the probe: some units in the
@@ -144,7 +143,7 @@ def looks_like_mlp(module: nn.Module) -> bool:
 
 def holds_experts(module: nn.Module) -> bool:
     """Whether a module chooses between experts: no gated MLP, and nothing to complain of."""
-    return any(isinstance(child, (NF4Experts, LoRAExperts)) or is_experts(child) for child in module.children())
+    return any(map(has_experts, module.children()))
 
 
 def read_mlp(module: nn.Module) -> MLP:

@@ -266,6 +266,11 @@ class LoRAExperts(Adapted):
         return f"r={self.r}, scaling={self.scaling}, active={self.active_adapters}"
 
 
+def has_experts(module: nn.Module) -> bool:
+    """Whether a module is the experts of a mixture, with adapters or without."""
+    return isinstance(module, LoRAExperts) or LoRAExperts.can_adapt(module)
+
+
 def _merged(name: str) -> str:
     return f"merged_{name}"
 

@@ -120,42 +120,33 @@ native.define("experts_collect(Tensor y, Tensor place, Tensor? weights) -> Tenso
 native.define("experts_dots(Tensor x, Tensor y, Tensor place) -> Tensor", _dots, _dots_fake)
 
 
-class _Spread(torch.autograd.Function):
+class _Rows(torch.autograd.Function):
+    """Rows of tokens spread to experts, or those of experts collected: each the gradient of the other."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, place: Tensor, weights: Tensor | None) -> Tensor:
-        wide = None if weights is None else weights.to(_wide(x.dtype))
-        ctx.save_for_backward(place, wide, x if ctx.needs_input_grad[2] else None)
+    def forward(ctx: Any, rows: Tensor, place: Tensor, weights: Tensor | None, collects: bool) -> Tensor:
+        wide = None if weights is None else weights.to(_wide(rows.dtype))
+        ctx.save_for_backward(place, wide, rows if ctx.needs_input_grad[2] else None)
         ctx.weights_dtype = None if weights is None else weights.dtype
-        out: Tensor = torch.ops.fastpeft.experts_spread(x, place, wide)
-        return out
+        ctx.collects = collects
+        return _moved(rows, place, wide, collects)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        place, weights, x = ctx.saved_tensors
-        dx = torch.ops.fastpeft.experts_collect(dout, place, weights) if ctx.needs_input_grad[0] else None
+        place, weights, rows = ctx.saved_tensors
+        drows = _moved(dout, place, weights, not ctx.collects) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[2]:
-            return dx, None, None
-        return dx, None, torch.ops.fastpeft.experts_dots(x, dout, place).to(ctx.weights_dtype)
+            return drows, None, None, None
+        of_tokens, of_experts = (dout, rows) if ctx.collects else (rows, dout)
+        dots = torch.ops.fastpeft.experts_dots(of_tokens, of_experts, place)
+        return drows, None, dots.to(ctx.weights_dtype), None
 
 
-class _Collect(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, place: Tensor, weights: Tensor | None) -> Tensor:
-        wide = None if weights is None else weights.to(_wide(y.dtype))
-        ctx.save_for_backward(place, wide, y if ctx.needs_input_grad[2] else None)
-        ctx.weights_dtype = None if weights is None else weights.dtype
-        out: Tensor = torch.ops.fastpeft.experts_collect(y, place, wide)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        place, weights, y = ctx.saved_tensors
-        dy = torch.ops.fastpeft.experts_spread(dout, place, weights) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[2]:
-            return dy, None, None
-        return dy, None, torch.ops.fastpeft.experts_dots(dout, y, place).to(ctx.weights_dtype)
+def _moved(rows: Tensor, place: Tensor, weights: Tensor | None, collects: bool) -> Tensor:
+    op = torch.ops.fastpeft.experts_collect if collects else torch.ops.fastpeft.experts_spread
+    out: Tensor = op(rows, place, weights)
+    return out
 
 
 def _check(function: str, name: str, rows: Tensor, place: Tensor, weights: Tensor | None) -> None:
@@ -226,7 +217,7 @@ def spread_rows(x: Tensor, place: Tensor, weights: Tensor | None = None) -> Tens
         Mixtures of experts, arXiv 1701.06538.
     """
     _check("spread_rows", "x", x, place, weights)
-    out: Tensor = _Spread.apply(x, place, weights)  # type: ignore[no-untyped-call]
+    out: Tensor = _Rows.apply(x, place, weights, False)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -248,5 +239,5 @@ def collect_rows(y: Tensor, place: Tensor, weights: Tensor | None = None) -> Ten
         Mixtures of experts, arXiv 1701.06538.
     """
     _check("collect_rows", "y", y, place, weights)
-    out: Tensor = _Collect.apply(y, place, weights)  # type: ignore[no-untyped-call]
+    out: Tensor = _Rows.apply(y, place, weights, True)  # type: ignore[no-untyped-call]
     return out
