@@ -233,3 +233,23 @@ def test_a_combination_is_refused() -> None:
     model.add_adapter("other", config())
     with pytest.raises(UserError, match="has DoRA, target_parameters"):
         model.add_weighted_adapter(["default", "other"], [1, 1], "new")
+
+
+@pytest.mark.gpu
+@quantised
+def test_gradients_in_bfloat16_on_a_gpu_follow_float32(quantised: bool) -> None:
+    """Sizes that the grouped products take; a token near the edge between two experts may choose the other one."""
+    grads = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        model = moved(get_peft_model(base(quantised), config(target_modules=[], r=8)))
+        model.to(device)
+        for module in model.modules():  # the base alone: adapters stay float32
+            for name, parameter in module.named_parameters(recurse=False):
+                if not parameter.requires_grad and parameter.is_floating_point():
+                    setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+        ids = tokens().to(device)
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        grads.append({n: p.grad.float().cpu() for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and len(grads[0]) == 8
+    for name, expected in grads[0].items():
+        assert (grads[1][name] - expected).norm() < 0.1 * expected.norm(), name
